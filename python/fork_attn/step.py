@@ -1,0 +1,173 @@
+"""Step: one model forward for any set of branches, reserved at once, committed or rolled back as a whole."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from fork_attn.errors import StalePlan
+from fork_attn.plan import Plan
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from fork_attn.branch import Branch
+    from fork_attn.cache import ForkedKVCache
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A tree of draft tokens behind a branch, verified in one step (SpecInfer, arXiv 2305.09781).
+
+    Attributes:
+        parents: parents[i] < i is the token that draft token i follows; -1 means the branch's end.
+    """
+
+    parents: Sequence[int]
+
+    def __post_init__(self) -> None:
+        try:
+            parents = tuple(operator.index(p) for p in self.parents)
+        except TypeError:
+            raise TypeError(f"parents: expected a sequence of ints, got {self.parents!r}") from None
+        for i, parent in enumerate(parents):
+            if not -1 <= parent < i:
+                raise ValueError(f"parents: expected -1 <= parents[i] < i, got parents[{i}] = {parent}")
+        object.__setattr__(self, "parents", parents)
+
+
+class Step:
+    """Slots for new tokens of some branches, and the plan that every layer's attention follows.
+
+    Made by `ForkedKVCache.step`. As a context manager it commits on leaving and rolls back on an exception. T is the
+    number of its tokens (rows), n of its branches; rows stand in the order of the mapping it was made from.
+
+    Attributes:
+        branches: the n branches, in row order.
+        num_tokens: T.
+        state: "open", "committed" or "rolled_back".
+        position_ids: (T,) int64, position of each row.
+        slot_mapping: (T,) int64, where each row's K and V go: page * page_size + slot.
+        cu_seqlens_q: (n+1,) int32, each branch's first row, and T.
+        seqlens_k: (n,) int32, tokens that each branch sees once the step commits (all of a draft's counted).
+        last_indices: (n,) int64, each branch's last row.
+    """
+
+    branches: tuple[Branch, ...]
+    num_tokens: int
+    state: Literal["open", "committed", "rolled_back"]
+
+    def __init__(self, cache: ForkedKVCache, branches: tuple[Branch, ...], num_tokens: int) -> None:
+        n = len(branches)
+        self._cache = cache
+        self._plans: dict[tuple[int, int], Plan] = {}
+        self.branches = branches
+        self.num_tokens = num_tokens
+        self.state = "open"
+        wide = torch.empty(2 * num_tokens + n, dtype=torch.int64)
+        narrow = torch.empty(2 * n + 1, dtype=torch.int32)
+        self.position_ids, self.slot_mapping, self.last_indices = wide.split((num_tokens, num_tokens, n))
+        self.cu_seqlens_q, self.seqlens_k = narrow.split((n + 1, n))
+        cache._core.fill_step(
+            self.position_ids.data_ptr(),
+            self.slot_mapping.data_ptr(),
+            self.last_indices.data_ptr(),
+            self.cu_seqlens_q.data_ptr(),
+            self.seqlens_k.data_ptr(),
+        )
+
+    def __repr__(self) -> str:
+        return f"Step({self.num_tokens} tokens of {len(self.branches)} branches, {self.state})"
+
+    def __enter__(self) -> Step:
+        self._require_open("step")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.state != "open":
+            return
+        if kind is None:
+            self.commit()
+        else:
+            self.rollback()
+
+    def __del__(self) -> None:
+        if getattr(self, "state", None) == "open":
+            self.rollback()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of layer 0."""
+        return self.plan_for(0)
+
+    def plan_for(self, layer_idx: int) -> Plan:
+        """The plan of a layer: one for each distinct sliding window and GQA group, built on first use.
+
+        Raises:
+            ValueError: no such layer.
+            StalePlan: the step is closed.
+        """
+        layer = self._cache._layer(layer_idx)
+        key = (layer.window, layer.group)
+        if key not in self._plans:
+            self._require_open("plan_for")
+            self._plans[key] = self._cache._build_plan(layer)
+        return self._plans[key]
+
+    def accept(self, path: Sequence[int], branch: Branch | None = None) -> None:
+        """Keeps the draft tokens `path` of a branch when the step commits; all others are dropped.
+
+        At most the part of the path that does not lie in place yet is moved, once, in every layer. A draft that
+        nobody accepts is dropped whole.
+
+        Args:
+            path: draft tokens from the branch's end on, each the parent of the next; may be empty.
+            branch: whose draft; not needed where the step has one draft only.
+
+        Raises:
+            ValueError: no chain of the draft, or accepted before; or `branch` does not draft in this step.
+            StalePlan: the step is closed.
+        """
+        self._require_open("accept")
+        core = self._cache._core
+        if branch is None:
+            drafts = core.draft_rows()
+            if len(drafts) != 1:
+                raise ValueError(f"branch: expected one, as the step has {len(drafts)} drafts")
+            row = drafts[0]
+        elif branch in self.branches:
+            row = self.branches.index(branch)
+        else:
+            raise ValueError(f"branch: expected one of this step's, got {branch!r}")
+        core.accept(row, [operator.index(token) for token in path])
+
+    def commit(self) -> None:
+        """Makes the new tokens part of their branches' contexts.
+
+        Raises:
+            StalePlan: the step is closed.
+        """
+        self._require_open("commit")
+        self._cache._move_accepted()
+        self._cache._core.commit_step()
+        self.state = "committed"
+
+    def rollback(self) -> None:
+        """Gives the reserved slots back; every branch is as it was before the step.
+
+        Raises:
+            StalePlan: the step is closed.
+        """
+        self._require_open("rollback")
+        self._cache._core.rollback_step()
+        self.state = "rolled_back"
+
+    def _require_open(self, verb: str) -> None:
+        if self.state != "open":
+            raise StalePlan(f"{verb}: expected an open step, got one that is {self.state}")
