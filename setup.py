@@ -76,6 +76,7 @@ class CMakeBuild(build_ext):
 
 setup(
     version=version(),
+    license="Apache-2.0",  # not in pyproject.toml: no spelling there suits old and new setuptools
     packages=packages(),
     package_dir=PACKAGE_DIR,
     ext_modules=[Extension("fork_attn._C", sources=[])],

@@ -1,4 +1,5 @@
-// Python bindings. Pointers, sizes and integers only: neither Torch nor NumPy is linked or included.
+// Python bindings. Pointers, sizes and integers only: neither Torch nor NumPy is linked or
+// included.
 #include <pybind11/pybind11.h>
 
 #include "bindings/build_info.h"

@@ -57,7 +57,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiForCausalLM", {}),
     "phi3": ("Phi3ForCausalLM", {}),
     "olmo2": ("Olmo2ForCausalLM", {}),
-    "cohere2": ("Cohere2ForCausalLM", _MIXED),
+    "cohere2": ("Cohere2ForCausalLM", {**_MIXED, "logit_scale": 1.0}),
     "smollm3": ("SmolLM3ForCausalLM", {}),
     "starcoder2": ("Starcoder2ForCausalLM", {}),
     "granite": ("GraniteForCausalLM", {"attention_multiplier": 0.5}),
@@ -65,6 +65,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {}),
     "gpt_neox": ("GPTNeoXForCausalLM", {}),
     "opt": ("OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "apertus": ("ApertusForCausalLM", {}),
+    "arcee": ("ArceeForCausalLM", {}),
+    "cohere": ("CohereForCausalLM", {"logit_scale": 1.0}),
+    "ernie4_5": ("Ernie4_5ForCausalLM", {}),
+    "exaone4": ("Exaone4ForCausalLM", _MIXED),
+    "gemma": ("GemmaForCausalLM", {}),
+    "glm4_moe": ("Glm4MoeForCausalLM", {"n_routed_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", {}),
+    "granitemoe": ("GraniteMoeForCausalLM", _EXPERTS),
+    "helium": ("HeliumForCausalLM", {}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", {}),
+    "ministral": ("MinistralForCausalLM", _MIXED),
+    "olmo3": ("Olmo3ForCausalLM", _MIXED),
+    "persimmon": ("PersimmonForCausalLM", {}),
+    "phimoe": ("PhimoeForCausalLM", _EXPERTS),
+    "seed_oss": ("SeedOssForCausalLM", {}),
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",
         {
@@ -143,7 +159,7 @@ class Oracle:
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.sees: list[list[int]] = []
-        self.logits: list[torch.Tensor] = []
+        self.logits: dict[int, torch.Tensor] = {}
         self.contexts: dict[Branch, list[int]] = {}
 
     def new_branch(self) -> Branch:
@@ -183,12 +199,13 @@ class Oracle:
             lines.append([*before, node])
         context += lines[path[-1]] if path else []
 
-    def add_node(self, token: int, position: int, seen: list[int], row: torch.Tensor) -> int:
+    def add_node(self, token: int, position: int, seen: list[int], row: torch.Tensor | None) -> int:
         node = len(self.tokens)
         self.tokens.append(token)
         self.positions.append(position)
         self.sees.append([*seen, node])
-        self.logits.append(row)
+        if row is not None:
+            self.logits[node] = row
         return node
 
     def join(self, parent: Branch, children: Sequence[Branch], pending: dict[Branch, int]) -> None:
@@ -197,25 +214,28 @@ class Oracle:
         hf.join(parent, children, pending=pending)
         for child, token in pending.items():
             seen = self.contexts[child]
-            seen.append(self.add_node(token, starts[child], seen, torch.full((VOCAB,), torch.nan)))
+            seen.append(self.add_node(token, starts[child], seen, None))
         context = self.contexts[parent]
         for child in children:
             context += [node for node in self.contexts.pop(child) if node not in context]
 
-    def max_error(self, hidden: Sequence[int] = ()) -> float:
-        """The largest difference to the reference, in which no later token sees the hidden nodes."""
-        got = torch.stack(self.logits)
-        known = ~got.isnan().any(-1)
-        error = (got - self.reference(hidden))[known].abs().max().item()
-        assert int((~known).sum()) < len(self.tokens) // 2
-        return error
+    def hide(self, hidden: set[int], since: int) -> None:
+        """Lets the reference's tokens from node `since` on no longer see the hidden ones."""
+        for node in range(since, len(self.tokens)):
+            self.sees[node] = [seen for seen in self.sees[node] if seen not in hidden]
 
-    def reference(self, hidden: Sequence[int] = ()) -> torch.Tensor:
+    def max_error(self) -> float:
+        """The largest difference of any known logit to the reference."""
+        got = torch.stack(list(self.logits.values()))
+        assert got.isfinite().all()
+        return (got - self.reference()[list(self.logits)]).abs().max().item()
+
+    def reference(self) -> torch.Tensor:
         """(nodes, vocab) logits of the stock model."""
         n = len(self.tokens)
         visible = torch.zeros(n, n, dtype=torch.bool)
         for node, seen in enumerate(self.sees):
-            visible[node, [s for s in seen if s == node or s not in hidden]] = True
+            visible[node, seen] = True
         position = torch.tensor(self.positions)
         windowed = visible & (position[:, None] - position[None, :] < WINDOW)
         masks = {"full_attention": _additive(visible), "sliding_attention": _additive(windowed)}

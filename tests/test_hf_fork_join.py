@@ -38,9 +38,7 @@ def test_fork_and_join_are_exact(name: str) -> None:
         oracle.feed({root: random_tokens(1, seed=50 + i)})
     assert oracle.max_error() <= TOLERANCE
     # The same reference, but the parent does not see the second child.
-    last = len(oracle.tokens) - 1
-    for node in range(last - 6, last + 1):
-        oracle.sees[node] = [seen for seen in oracle.sees[node] if seen not in own]
+    oracle.hide(own, since=len(oracle.tokens) - 7)
     assert oracle.max_error() > CONTROL
 
 

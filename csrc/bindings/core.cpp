@@ -18,19 +18,32 @@ namespace {
 
 const char* exception_name(ErrorKind kind) {
   switch (kind) {
-    case ErrorKind::kStaleBranch: return "StaleBranch";
-    case ErrorKind::kOutOfPages: return "OutOfPages";
-    case ErrorKind::kDuplicateBranch: return "DuplicateBranch";
-    case ErrorKind::kForeignBranch: return "ForeignBranch";
-    case ErrorKind::kStepOpen: return "StepOpen";
-    case ErrorKind::kNotDense: return "NotDense";
-    case ErrorKind::kStalePlan: return "StalePlan";
-    case ErrorKind::kPlanCapacityExceeded: return "PlanCapacityExceeded";
-    case ErrorKind::kConcurrentUse: return "ConcurrentUse";
-    case ErrorKind::kUnsupported: return "Unsupported";
-    case ErrorKind::kInvariant: return "InvariantError";
-    case ErrorKind::kValue: return "ValueError";
-    case ErrorKind::kType: return "TypeError";
+    case ErrorKind::kStaleBranch:
+      return "StaleBranch";
+    case ErrorKind::kOutOfPages:
+      return "OutOfPages";
+    case ErrorKind::kDuplicateBranch:
+      return "DuplicateBranch";
+    case ErrorKind::kForeignBranch:
+      return "ForeignBranch";
+    case ErrorKind::kStepOpen:
+      return "StepOpen";
+    case ErrorKind::kNotDense:
+      return "NotDense";
+    case ErrorKind::kStalePlan:
+      return "StalePlan";
+    case ErrorKind::kPlanCapacityExceeded:
+      return "PlanCapacityExceeded";
+    case ErrorKind::kConcurrentUse:
+      return "ConcurrentUse";
+    case ErrorKind::kUnsupported:
+      return "Unsupported";
+    case ErrorKind::kInvariant:
+      return "InvariantError";
+    case ErrorKind::kValue:
+      return "ValueError";
+    case ErrorKind::kType:
+      return "TypeError";
   }
   return "ForkAttnError";
 }
@@ -41,18 +54,21 @@ void translate(const Error& e) {
     return;
   }
   const py::object type = py::module_::import("fork_attn.errors").attr(exception_name(e.kind));
-  const py::object value =
-      e.kind == ErrorKind::kOutOfPages ? type(e.what(), e.needed, e.free, e.pending) : type(e.what());
+  const py::object value = e.kind == ErrorKind::kOutOfPages
+                               ? type(e.what(), e.needed, e.free, e.pending)
+                               : type(e.what());
   PyErr_SetObject(type.ptr(), value.ptr());
 }
 
-// A cache has one user at a time: kernels run without the GIL, so a second thread can get here while one is in use.
+// A cache has one user at a time: kernels run without the GIL, so a second thread can get here
+// while one is in use.
 struct PyCore {
   PyCore(int32_t num_pages, int32_t page_size, bool copy_tails)
       : core(num_pages, page_size, copy_tails ? TailPolicy::kCopy : TailPolicy::kSeal) {}
   void enter() {
     if (busy.exchange(true)) {
-      fail(ErrorKind::kConcurrentUse, "another thread is using this cache; give every thread its own, or a lock");
+      fail(ErrorKind::kConcurrentUse,
+           "another thread is using this cache; give every thread its own, or a lock");
     }
   }
   void leave() noexcept { busy.store(false); }
@@ -84,7 +100,9 @@ auto verb(R (CacheCore::*method)(Args...)) {
 
 template <class R, class... Args>
 auto query(R (CacheCore::*method)(Args...) const) {
-  return [method](const PyCore& self, Args... args) -> R { return (self.core.*method)(std::forward<Args>(args)...); };
+  return [method](const PyCore& self, Args... args) -> R {
+    return (self.core.*method)(std::forward<Args>(args)...);
+  };
 }
 
 template <class T>
@@ -107,8 +125,8 @@ void bind_verbs(py::class_<PyCore>& c) {
       .def("excise", verb(&CacheCore::excise))
       .def("set_position", verb(&CacheCore::set_position))
       .def("join",
-           [](PyCore& self, Handle branch, const std::vector<Handle>& children, const std::string& mode,
-              int64_t position) {
+           [](PyCore& self, Handle branch, const std::vector<Handle>& children,
+              const std::string& mode, int64_t position) {
              Use use(self);
              const JoinPosition m = mode == "max"   ? JoinPosition::kMax
                                     : mode == "sum" ? JoinPosition::kSum
@@ -116,7 +134,8 @@ void bind_verbs(py::class_<PyCore>& c) {
              self.core.join(branch, children, m, position);
            })
       .def("reorder",
-           [](PyCore& self, const std::vector<Handle>& branches, const std::vector<int64_t>& indices) {
+           [](PyCore& self, const std::vector<Handle>& branches,
+              const std::vector<int64_t>& indices) {
              Use use(self);
              self.core.reorder(branches, indices);
            })
@@ -140,26 +159,29 @@ void bind_queries(py::class_<PyCore>& c) {
              std::vector<ContextPart> parts;
              self.core.context(branch, parts);
              py::list out;
-             for (const ContextPart& p : parts) out.append(py::make_tuple(p.segment, p.lo, p.hi, p.first_position));
+             for (const ContextPart& p : parts)
+               out.append(py::make_tuple(p.segment, p.lo, p.hi, p.first_position));
              return out;
            })
       .def("stats",
            [](const PyCore& self) {
              const CoreStats s = self.core.stats();
-             return py::make_tuple(s.pages_total, s.pages_free, s.pages_live, s.pages_shared, s.pages_pending,
-                                   s.segments, s.branches);
+             return py::make_tuple(s.pages_total, s.pages_free, s.pages_live, s.pages_shared,
+                                   s.pages_pending, s.segments, s.branches);
            })
       .def("check", [](const PyCore& self) { self.core.check(); })
       .def("digest", [](const PyCore& self) { return self.core.digest(); })
       .def_property_readonly("step_open", [](const PyCore& self) { return self.core.step_open(); });
 }
 
-// Writes the open step's tensors to memory that the caller owns: (T,) int64 twice, (n,) int64, (n+1,) and (n,) int32.
+// Writes the open step's tensors to memory that the caller owns: (T,) int64 twice, (n,) int64,
+// (n+1,) and (n,) int32.
 void fill_step(const PyCore& self, std::uintptr_t position_ids, std::uintptr_t slot_mapping,
                std::uintptr_t last_indices, std::uintptr_t cu_seqlens_q, std::uintptr_t seqlens_k) {
   const Step& step = self.core.step();
   std::copy(step.positions.begin(), step.positions.end(), reinterpret_cast<int64_t*>(position_ids));
-  std::copy(step.slot_mapping.begin(), step.slot_mapping.end(), reinterpret_cast<int64_t*>(slot_mapping));
+  std::copy(step.slot_mapping.begin(), step.slot_mapping.end(),
+            reinterpret_cast<int64_t*>(slot_mapping));
   auto* last = reinterpret_cast<int64_t*>(last_indices);
   auto* cu = reinterpret_cast<int32_t*>(cu_seqlens_q);
   auto* seqlens = reinterpret_cast<int32_t*>(seqlens_k);
@@ -175,7 +197,8 @@ void fill_step(const PyCore& self, std::uintptr_t position_ids, std::uintptr_t s
 
 void bind_step(py::class_<PyCore>& c) {
   c.def("open_step",
-        [](PyCore& self, py::handle tokens, py::handle cache, py::handle branch_type, py::handle draft_type) {
+        [](PyCore& self, py::handle tokens, py::handle cache, py::handle branch_type,
+           py::handle draft_type) {
           Use use(self);
           StepRequests requests(tokens, cache, branch_type, draft_type);
           self.core.open_step(requests.span());
@@ -185,13 +208,15 @@ void bind_step(py::class_<PyCore>& c) {
       .def("step_copies",
            [](const PyCore& self) {
              std::vector<std::pair<int32_t, int32_t>> out;
-             for (const PageCopy& copy : self.core.step().copies) out.emplace_back(copy.src_page, copy.dst_page);
+             for (const PageCopy& copy : self.core.step().copies)
+               out.emplace_back(copy.src_page, copy.dst_page);
              return out;
            })
       .def("step_moves",
            [](const PyCore& self) {
              std::vector<std::pair<int64_t, int64_t>> out;
-             for (const SlotMove& move : self.core.step().moves) out.emplace_back(move.src_slot, move.dst_slot);
+             for (const SlotMove& move : self.core.step().moves)
+               out.emplace_back(move.src_slot, move.dst_slot);
              return out;
            })
       .def("draft_rows",
@@ -221,19 +246,21 @@ void bind_plan(py::module_& m) {
       .def_buffer([](PlanData& self) {
         return py::buffer_info(self.buffer.data(), static_cast<py::ssize_t>(self.buffer.size()));
       })
-      .def_property_readonly("page_limit",
-                             [](const PlanData& self) {
-                               return reinterpret_cast<const PlanHeader*>(self.buffer.data())->page_limit;
-                             })
+      .def_property_readonly(
+          "page_limit",
+          [](const PlanData& self) {
+            return reinterpret_cast<const PlanHeader*>(self.buffer.data())->page_limit;
+          })
       .def_property_readonly("item_pairs", [](const PlanData& self) { return self.item_pairs; })
       .def_property_readonly("counts", [](const PlanData& self) {
         const PlanCounts& c = self.counts;
-        return py::dict(py::arg("unique_slots") = c.unique_slots,
-                        py::arg("tile_unique_slots") = c.tile_unique_slots, py::arg("read_slots") = c.read_slots,
-                        py::arg("visible_pairs") = c.visible_pairs, py::arg("executed_pairs") = c.executed_pairs,
-                        py::arg("num_tokens") = c.num_tokens, py::arg("num_blocks") = c.num_blocks,
-                        py::arg("num_items") = c.num_items, py::arg("num_runs") = c.num_runs,
-                        py::arg("num_partial_rows") = c.num_partial_rows);
+        return py::dict(
+            py::arg("unique_slots") = c.unique_slots,
+            py::arg("tile_unique_slots") = c.tile_unique_slots,
+            py::arg("read_slots") = c.read_slots, py::arg("visible_pairs") = c.visible_pairs,
+            py::arg("executed_pairs") = c.executed_pairs, py::arg("num_tokens") = c.num_tokens,
+            py::arg("num_blocks") = c.num_blocks, py::arg("num_items") = c.num_items,
+            py::arg("num_runs") = c.num_runs, py::arg("num_partial_rows") = c.num_partial_rows);
       });
 }
 
@@ -248,7 +275,8 @@ void bind_core(py::module_& m) {
     }
   });
   py::class_<PyCore> core(m, "CacheCore");
-  core.def(py::init<int32_t, int32_t, bool>(), py::arg("num_pages"), py::arg("page_size"), py::arg("copy_tails"));
+  core.def(py::init<int32_t, int32_t, bool>(), py::arg("num_pages"), py::arg("page_size"),
+           py::arg("copy_tails"));
   bind_verbs(core);
   bind_queries(core);
   bind_step(core);

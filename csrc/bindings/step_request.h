@@ -1,4 +1,5 @@
-// A Python mapping {Branch: int | Draft} as step requests. Read here, not in Python: a decode step may hold hundreds.
+// A Python mapping {Branch: int | Draft} as step requests. Read here, not in Python: a decode step
+// may hold hundreds.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -21,7 +22,8 @@ class PYBIND11_EXPORT StepRequests {
     py::object owned = py::reinterpret_borrow<py::object>(tokens);
     if (!PyDict_Check(tokens.ptr())) {
       if (!PyMapping_Check(tokens.ptr()) || !py::hasattr(tokens, "keys")) {
-        fail(ErrorKind::kType, "tokens: expected a mapping {Branch: int | Draft}, got " + type_name(tokens));
+        fail(ErrorKind::kType,
+             "tokens: expected a mapping {Branch: int | Draft}, got " + type_name(tokens));
       }
       owned = py::dict(owned);
     }
@@ -43,13 +45,16 @@ class PYBIND11_EXPORT StepRequests {
     }
     static PyObject* const cache_name = PyUnicode_InternFromString("cache");
     static PyObject* const handle_name = PyUnicode_InternFromString("_handle");
-    const auto owner = py::reinterpret_steal<py::object>(PyObject_GetAttr(branch.ptr(), cache_name));
-    const auto handle = py::reinterpret_steal<py::object>(PyObject_GetAttr(branch.ptr(), handle_name));
+    const auto owner =
+        py::reinterpret_steal<py::object>(PyObject_GetAttr(branch.ptr(), cache_name));
+    const auto handle =
+        py::reinterpret_steal<py::object>(PyObject_GetAttr(branch.ptr(), handle_name));
     if (!owner || !handle) throw py::error_already_set();
     StepRequest request{};
     request.branch = PyLong_AsUnsignedLongLong(handle.ptr());
     if (owner.ptr() != cache_.ptr()) {
-      fail(ErrorKind::kForeignBranch, "tokens: branch " + std::to_string(CacheCore::serial(request.branch)) +
+      fail(ErrorKind::kForeignBranch, "tokens: branch " +
+                                          std::to_string(CacheCore::serial(request.branch)) +
                                           " belongs to another cache");
     }
     if (py::isinstance(count, draft_type_)) {
@@ -63,14 +68,17 @@ class PYBIND11_EXPORT StepRequests {
   }
 
   static int64_t integer(py::handle count) {
-    const auto index = py::reinterpret_steal<py::object>(PyBool_Check(count.ptr()) ? nullptr : PyNumber_Index(count.ptr()));
+    const auto index = py::reinterpret_steal<py::object>(
+        PyBool_Check(count.ptr()) ? nullptr : PyNumber_Index(count.ptr()));
     if (!index) {
       PyErr_Clear();
-      fail(ErrorKind::kType, "tokens: expected an int or a Draft per branch, got " + type_name(count));
+      fail(ErrorKind::kType,
+           "tokens: expected an int or a Draft per branch, got " + type_name(count));
     }
     int overflow = 0;
     const int64_t value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-    if (overflow != 0) fail(ErrorKind::kValue, "tokens: expected a count below 2**31, got one beyond 64 bits");
+    if (overflow != 0)
+      fail(ErrorKind::kValue, "tokens: expected a count below 2**31, got one beyond 64 bits");
     return value;
   }
 

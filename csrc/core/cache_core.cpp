@@ -25,7 +25,8 @@ Index CacheCore::find(Handle h) const noexcept {
 Index CacheCore::require(Handle h) const {
   const Index i = find(h);
   if (i == kNone) {
-    fail(ErrorKind::kStaleBranch, quoted(serial(h)) + " was freed, or consumed by a join or select");
+    fail(ErrorKind::kStaleBranch,
+         quoted(serial(h)) + " was freed, or consumed by a join or select");
   }
   return i;
 }
@@ -36,7 +37,8 @@ void CacheCore::require_distinct(std::span<const Handle> handles) const {
     const Branch& b = branches_[require(handles[i])];
     if (b.mark == mark) {
       const auto first = std::find(handles.begin(), handles.end(), handles[i]) - handles.begin();
-      fail(ErrorKind::kDuplicateBranch, quoted(serial(handles[i])) + " was given twice, at indices " +
+      fail(ErrorKind::kDuplicateBranch, quoted(serial(handles[i])) +
+                                            " was given twice, at indices " +
                                             std::to_string(first) + " and " + std::to_string(i));
     }
     b.mark = mark;
@@ -45,7 +47,8 @@ void CacheCore::require_distinct(std::span<const Handle> handles) const {
 
 void CacheCore::require_no_step(const char* verb) const {
   if (step_open_) {
-    fail(ErrorKind::kStepOpen, std::string(verb) + ": a step is open; commit or roll it back first");
+    fail(ErrorKind::kStepOpen,
+         std::string(verb) + ": a step is open; commit or roll it back first");
   }
 }
 
@@ -97,7 +100,8 @@ void CacheCore::detach_lineage(Index i) noexcept {
     branches_[last].next_sibling = b.next_sibling;
     branches_[b.first_child].prev_sibling = b.prev_sibling;
   }
-  if (b.next_sibling != kNone) branches_[b.next_sibling].prev_sibling = last != kNone ? last : b.prev_sibling;
+  if (b.next_sibling != kNone)
+    branches_[b.next_sibling].prev_sibling = last != kNone ? last : b.prev_sibling;
   if (b.prev_sibling != kNone) {
     branches_[b.prev_sibling].next_sibling = first;
   } else if (b.parent != kNone) {
@@ -165,7 +169,8 @@ std::vector<Handle> CacheCore::fork(Handle h, int64_t n) {
   const Index parent = require(h);
   require_no_step("fork");
   if (n < 1 || n > kMaxFork) {
-    fail(ErrorKind::kValue, "n: expected 1 to " + std::to_string(kMaxFork) + " branches, got " + std::to_string(n));
+    fail(ErrorKind::kValue,
+         "n: expected 1 to " + std::to_string(kMaxFork) + " branches, got " + std::to_string(n));
   }
   std::vector<Handle> out(static_cast<std::size_t>(n));
   reserve_branches(out.size());
@@ -181,8 +186,8 @@ Handle CacheCore::fork_at(Handle h, int64_t length) {
   require_no_step("fork_at");
   const int64_t total = store_.length(branches_[parent].head);
   if (length < 0 || length > total) {
-    fail(ErrorKind::kValue, "length: expected 0 to the branch's " + std::to_string(total) + " tokens, got " +
-                                std::to_string(length));
+    fail(ErrorKind::kValue, "length: expected 0 to the branch's " + std::to_string(total) +
+                                " tokens, got " + std::to_string(length));
   }
   reserve_branches(1);
   store_.reserve(0, 1);
@@ -195,8 +200,8 @@ void CacheCore::crop(Handle h, int64_t length) {
   require_no_step("crop");
   const int64_t total = store_.length(branches_[i].head);
   if (length < 0 || length > total) {
-    fail(ErrorKind::kValue, "length: expected 0 to the branch's " + std::to_string(total) + " tokens, got " +
-                                std::to_string(length));
+    fail(ErrorKind::kValue, "length: expected 0 to the branch's " + std::to_string(total) +
+                                " tokens, got " + std::to_string(length));
   }
   store_.reserve(0, 1);
   Branch& b = branches_[i];
@@ -210,8 +215,8 @@ void CacheCore::excise(Handle h, int64_t start, int64_t end) {
   Branch& b = branches_[i];
   const int64_t total = store_.length(b.head);
   if (start < 0 || end > total || start > end) {
-    fail(ErrorKind::kValue, "start, end: expected 0 <= start <= end <= " + std::to_string(total) + ", got " +
-                                std::to_string(start) + ", " + std::to_string(end));
+    fail(ErrorKind::kValue, "start, end: expected 0 <= start <= end <= " + std::to_string(total) +
+                                ", got " + std::to_string(start) + ", " + std::to_string(end));
   }
   if (start == end) return;
   std::vector<Index> chain;
@@ -256,7 +261,8 @@ std::vector<Handle> CacheCore::select(Handle h, Handle child_handle) {
   std::vector<Index> below;  // every descendant, parents before children
   below.push_back(i);
   for (std::size_t k = 0; k < below.size(); ++k) {
-    for (Index c = branches_[below[k]].first_child; c != kNone; c = branches_[c].next_sibling) below.push_back(c);
+    for (Index c = branches_[below[k]].first_child; c != kNone; c = branches_[c].next_sibling)
+      below.push_back(c);
   }
   std::vector<Handle> freed;
   freed.reserve(below.size() - 1);
@@ -274,8 +280,8 @@ void CacheCore::reorder(std::span<const Handle> handles, std::span<const int64_t
   require_no_step("reorder");
   require_distinct(handles);
   if (indices.size() != handles.size()) {
-    fail(ErrorKind::kValue, "indices: expected one per branch (" + std::to_string(handles.size()) + "), got " +
-                                std::to_string(indices.size()));
+    fail(ErrorKind::kValue, "indices: expected one per branch (" + std::to_string(handles.size()) +
+                                "), got " + std::to_string(indices.size()));
   }
   struct Source {
     Index head;
@@ -285,8 +291,8 @@ void CacheCore::reorder(std::span<const Handle> handles, std::span<const int64_t
   std::vector<int32_t> uses(handles.size(), 0);
   for (const int64_t index : indices) {
     if (index < 0 || index >= static_cast<int64_t>(handles.size())) {
-      fail(ErrorKind::kValue, "indices: expected 0 to " + std::to_string(handles.size() - 1) + ", got " +
-                                  std::to_string(index));
+      fail(ErrorKind::kValue, "indices: expected 0 to " + std::to_string(handles.size() - 1) +
+                                  ", got " + std::to_string(index));
     }
     ++uses[index];
   }

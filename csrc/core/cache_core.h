@@ -1,11 +1,14 @@
-// The bookkeeping of a forked KV cache: branches over shared contexts, and steps that append to them.
+// The bookkeeping of a forked KV cache: branches over shared contexts, and steps that append to
+// them.
 //
-// Every verb validates, reserves, and then commits; the commit cannot fail, so an error of any kind (a full pool, bad
-// input, a failed host allocation) leaves the state as it was. No CUDA, no Torch, no KV bytes: those belong to callers.
+// Every verb validates, reserves, and then commits; the commit cannot fail, so an error of any kind
+// (a full pool, bad input, a failed host allocation) leaves the state as it was. No CUDA, no Torch,
+// no KV bytes: those belong to callers.
 //
-// A branch may write in place exactly when its context ends where its last segment ends and its next position follows.
-// After a fork the first writer therefore goes on in the shared tail page, whose further slots nobody else sees; every
-// other writer takes a fresh page (kSeal) or copies the part-filled one (kCopy).
+// A branch may write in place exactly when its context ends where its last segment ends and its
+// next position follows. After a fork the first writer therefore goes on in the shared tail page,
+// whose further slots nobody else sees; every other writer takes a fresh page (kSeal) or copies the
+// part-filled one (kCopy).
 #pragma once
 
 #include <cstdint>
@@ -38,13 +41,14 @@ struct Branch {
 struct StepRequest {
   Handle branch;
   int64_t num_tokens;
-  const int32_t* parents = nullptr;  // a draft tree: parents[i] < i, -1 = the branch's end; null = plain tokens
+  const int32_t* parents =
+      nullptr;  // a draft tree: parents[i] < i, -1 = the branch's end; null = plain tokens
 };
 
 struct StepRow {
   Index branch;
   bool draft;
-  Index segment;        // written on in place; kNone: a new segment is made
+  Index segment;  // written on in place; kNone: a new segment is made
   int32_t num_tokens;
   int32_t row_begin;    // first query row
   int32_t first_slot;   // slot of the first new token in the segment written
@@ -77,7 +81,8 @@ struct Step {
 };
 
 struct CoreStats {
-  int64_t pages_total, pages_free, pages_live, pages_shared, pages_pending, segments, links, branches;
+  int64_t pages_total, pages_free, pages_live, pages_shared, pages_pending, segments, links,
+      branches;
 };
 
 // A part of a context for introspection: slots [lo, hi) of a segment, at these positions.
@@ -94,7 +99,8 @@ class CacheCore {
   Handle new_branch();
   std::vector<Handle> fork(Handle branch, int64_t n);
   Handle fork_at(Handle branch, int64_t length);
-  void join(Handle branch, std::span<const Handle> children, JoinPosition mode, int64_t position = 0);
+  void join(Handle branch, std::span<const Handle> children, JoinPosition mode,
+            int64_t position = 0);
   std::vector<Handle> select(Handle branch, Handle child);  // what it freed
   void reorder(std::span<const Handle> branches, std::span<const int64_t> indices);
   void crop(Handle branch, int64_t length);
@@ -130,7 +136,8 @@ class CacheCore {
   static uint32_t serial(Handle h) noexcept { return static_cast<uint32_t>(h >> 32); }
 
  private:
-  struct Staged {  // what a row's new segment will own, allocated at open so that commit cannot fail
+  struct Staged {  // what a row's new segment will own, allocated at open so that commit cannot
+                   // fail
     std::vector<int32_t> pages;
     std::vector<Origin> origins;
   };
@@ -150,7 +157,8 @@ class CacheCore {
   Index find_cut(Index head, int64_t length, int32_t& kept) const noexcept;
   Index cut(Index head, int64_t length) noexcept;  // needs one reserved link
   void set_head(Branch& branch, Index head) noexcept;
-  // Under kCopy, gives the part-filled tail page a link of its own that all readers share (needs one reserved link).
+  // Under kCopy, gives the part-filled tail page a link of its own that all readers share (needs
+  // one reserved link).
   Index split_tail(Index head) noexcept;
 
   // core_step.cpp

@@ -21,7 +21,8 @@ Index ContextStore::new_segment(int64_t first_position) noexcept {
   return i;
 }
 
-Index ContextStore::add_link(Index parent, Index segment, int32_t lo, int32_t hi, int64_t shift) noexcept {
+Index ContextStore::add_link(Index parent, Index segment, int32_t lo, int32_t hi,
+                             int64_t shift) noexcept {
   const Index i = links.take();
   Link& l = links[i];
   Segment& s = segments[segment];
@@ -73,7 +74,8 @@ Index ContextStore::coalesce(Index head) noexcept {
     const Link& l = links[head];
     const Index parent = l.parent;
     Link& p = links[parent];
-    const bool continues = p.segment == l.segment && p.hi == l.lo && p.position_shift == l.position_shift;
+    const bool continues =
+        p.segment == l.segment && p.hi == l.lo && p.position_shift == l.position_shift;
     if (p.refs != 1 || !continues) break;
     p.hi = l.hi;
     p.length = l.length;
@@ -138,7 +140,8 @@ void ContextStore::reclaim(Index segment, int32_t lo, int32_t hi) noexcept {
   int32_t page = lo / page_size_;
   const int32_t last = std::min(num_page_slots(hi), num_page_slots(s.length));
   while (page < last) {
-    // The link that covers this page and reaches furthest, or else the nearest page that some link covers.
+    // The link that covers this page and reaches furthest, or else the nearest page that some link
+    // covers.
     int32_t covered_to = page;
     int32_t next_covered = last;
     for (Index i = s.first_link; i != kNone; i = links[i].next) {

@@ -1,8 +1,9 @@
 // Segments and the immutable chains of links over them.
 //
-// A context is the list of links from a chain's head back to its root. Chains share their older links, so a fork costs
-// one reference whatever the length of its prefix. Segments are referenced by links, never by branches, and each knows
-// its links: a page that no link reaches goes back to the pool at once.
+// A context is the list of links from a chain's head back to its root. Chains share their older
+// links, so a fork costs one reference whatever the length of its prefix. Segments are referenced
+// by links, never by branches, and each knows its links: a page that no link reaches goes back to
+// the pool at once.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,8 @@
 
 namespace fork_attn {
 
-// Slots [previous end, end) of a copied segment hold the very tokens of another segment: slot s is (uid, s + offset).
+// Slots [previous end, end) of a copied segment hold the very tokens of another segment: slot s is
+// (uid, s + offset).
 struct Origin {
   int32_t end;
   uint64_t uid;
@@ -21,7 +23,8 @@ struct Origin {
 };
 
 struct Segment {
-  std::vector<int32_t> pages;  // of slots [i * page_size, (i + 1) * page_size); kNone where no reader is left
+  std::vector<int32_t>
+      pages;  // of slots [i * page_size, (i + 1) * page_size); kNone where no reader is left
   std::vector<Origin> origins;
   uint64_t uid = 0;  // names its tokens beyond the origins
   int64_t first_position = 0;
@@ -29,7 +32,8 @@ struct Segment {
   int32_t copied_end = 0;  // some copy remembers slots below this one by our uid
   Index first_link = kNone;
   bool claimed = false;  // a row of the open step writes on in it
-  bool frozen = false;   // remembered slots were dropped: writing them again would forge their identity
+  bool frozen =
+      false;  // remembered slots were dropped: writing them again would forge their identity
 };
 
 struct Link {
@@ -67,7 +71,8 @@ class ContextStore {
   int64_t length(Index head) const noexcept { return head == kNone ? 0 : links[head].length; }
   // Position of the last token a head sees, plus one; 0 for an empty context.
   int64_t end_position(Index head) const noexcept;
-  // Whether a context that ends in `head` may write its next token, at `position`, into the head's segment.
+  // Whether a context that ends in `head` may write its next token, at `position`, into the head's
+  // segment.
   bool can_extend(Index head, int64_t position) const noexcept;
   // Links of a context, oldest first.
   void chain(Index head, std::vector<Index>& out) const;

@@ -9,7 +9,8 @@ namespace fork_attn {
 namespace {
 
 void expect(bool holds, const char* what, int64_t index) {
-  if (!holds) fail(ErrorKind::kInvariant, std::string(what) + " (index " + std::to_string(index) + ")");
+  if (!holds)
+    fail(ErrorKind::kInvariant, std::string(what) + " (index " + std::to_string(index) + ")");
 }
 
 struct Fnv {
@@ -35,14 +36,17 @@ void check_links(const CacheCore& core) {
     if (!store.links.taken(i)) continue;
     const Link& l = store.links[i];
     expect(store.segments.taken(l.segment), "a link names a freed segment", i);
-    expect(l.lo >= 0 && l.lo < l.hi && l.hi <= store.segments[l.segment].length, "a link leaves its segment", i);
-    expect(l.length == store.length(l.parent) + (l.hi - l.lo), "a link's length is not the sum of its context", i);
+    expect(l.lo >= 0 && l.lo < l.hi && l.hi <= store.segments[l.segment].length,
+           "a link leaves its segment", i);
+    expect(l.length == store.length(l.parent) + (l.hi - l.lo),
+           "a link's length is not the sum of its context", i);
     if (l.parent == kNone) continue;
     expect(store.links.taken(l.parent), "a link's parent was freed", i);
     ++refs[l.parent];
   }
   for (Index i = 0; i < store.links.size(); ++i) {
-    if (store.links.taken(i)) expect(store.links[i].refs == refs[i] && refs[i] > 0, "a link's references", i);
+    if (store.links.taken(i))
+      expect(store.links[i].refs == refs[i] && refs[i] > 0, "a link's references", i);
   }
 }
 
@@ -58,7 +62,8 @@ void check_segments(const CacheCore& core, std::vector<uint8_t>& owned) {
     Index prev = kNone;
     for (Index at = s.first_link; at != kNone; at = store.links[at].next) {
       const Link& l = store.links[at];
-      expect(store.links.taken(at) && l.segment == i && l.prev == prev, "a segment's list of links is broken", i);
+      expect(store.links.taken(at) && l.segment == i && l.prev == prev,
+             "a segment's list of links is broken", i);
       end = std::max(end, l.hi);
       for (int32_t p = l.lo / core.page_size(); p < store.num_page_slots(l.hi); ++p) covered[p] = 1;
       prev = at;
@@ -66,16 +71,19 @@ void check_segments(const CacheCore& core, std::vector<uint8_t>& owned) {
     }
     expect(s.first_link != kNone, "a segment without readers is alive", i);
     expect(end == s.length, "a segment is longer than its last visible slot", i);
-    expect(s.pages.size() == static_cast<std::size_t>(store.num_page_slots(s.length)), "a segment's pages", i);
+    expect(s.pages.size() == static_cast<std::size_t>(store.num_page_slots(s.length)),
+           "a segment's pages", i);
     expect(s.claimed == false || core.step_open(), "a segment is claimed without an open step", i);
     for (std::size_t p = 0; p < s.pages.size(); ++p) {
-      expect((s.pages[p] != kNone) == (covered[p] != 0), "a page without readers is held, or one with readers is not", i);
+      expect((s.pages[p] != kNone) == (covered[p] != 0),
+             "a page without readers is held, or one with readers is not", i);
       if (s.pages[p] == kNone) continue;
       expect(!owned[s.pages[p]], "a page belongs to two owners", s.pages[p]);
       owned[s.pages[p]] = 1;
     }
   }
-  expect(listed == store.links.count(), "a link is missing from its segment's list", static_cast<int64_t>(listed));
+  expect(listed == store.links.count(), "a link is missing from its segment's list",
+         static_cast<int64_t>(listed));
 }
 
 void check_lineage(const CacheCore& core) {
@@ -85,7 +93,8 @@ void check_lineage(const CacheCore& core) {
     if (!branches.taken(i)) continue;
     Index prev = kNone;
     for (Index c = branches[i].first_child; c != kNone; c = branches[c].next_sibling) {
-      expect(branches.taken(c) && branches[c].parent == i && branches[c].prev_sibling == prev && !listed[c],
+      expect(branches.taken(c) && branches[c].parent == i && branches[c].prev_sibling == prev &&
+                 !listed[c],
              "a branch's list of children is broken", i);
       expect(branches[c].serial > branches[i].serial, "a branch is older than its parent", c);
       listed[c] = 1;
@@ -93,7 +102,8 @@ void check_lineage(const CacheCore& core) {
     }
   }
   for (Index i = 0; i < branches.size(); ++i) {
-    if (branches.taken(i)) expect(listed[i] == (branches[i].parent != kNone), "a branch's parent does not list it", i);
+    if (branches.taken(i))
+      expect(listed[i] == (branches[i].parent != kNone), "a branch's parent does not list it", i);
   }
 }
 
@@ -112,7 +122,8 @@ void CacheCore::check() const {
     expect(!owned[page] && !store_.pages.live(page), "a free page is in use or listed twice", page);
     owned[page] = 1;
   }
-  for (int32_t page = 0; page < store_.pages.num_pages(); ++page) expect(owned[page] != 0, "a page leaked", page);
+  for (int32_t page = 0; page < store_.pages.num_pages(); ++page)
+    expect(owned[page] != 0, "a page leaked", page);
 }
 
 uint64_t CacheCore::digest() const {
@@ -120,24 +131,26 @@ uint64_t CacheCore::digest() const {
   for (Index i = 0; i < branches_.size(); ++i) {
     if (!branches_.taken(i)) continue;
     const Branch& b = branches_[i];
-    for (const int64_t x : {int64_t{i}, int64_t{b.serial}, int64_t{b.head}, b.position, int64_t{b.parent},
-                            int64_t{b.first_child}, int64_t{b.next_sibling}}) {
+    for (const int64_t x : {int64_t{i}, int64_t{b.serial}, int64_t{b.head}, b.position,
+                            int64_t{b.parent}, int64_t{b.first_child}, int64_t{b.next_sibling}}) {
       h.add(x);
     }
   }
   for (Index i = 0; i < store_.links.size(); ++i) {
     if (!store_.links.taken(i)) continue;
     const Link& l = store_.links[i];
-    for (const int64_t x : {int64_t{i}, int64_t{l.parent}, int64_t{l.segment}, int64_t{l.lo}, int64_t{l.hi},
-                            l.position_shift, l.length, int64_t{l.refs}, int64_t{l.next}}) {
+    for (const int64_t x :
+         {int64_t{i}, int64_t{l.parent}, int64_t{l.segment}, int64_t{l.lo}, int64_t{l.hi},
+          l.position_shift, l.length, int64_t{l.refs}, int64_t{l.next}}) {
       h.add(x);
     }
   }
   for (Index i = 0; i < store_.segments.size(); ++i) {
     if (!store_.segments.taken(i)) continue;
     const Segment& s = store_.segments[i];
-    for (const int64_t x : {int64_t{i}, static_cast<int64_t>(s.uid), s.first_position, int64_t{s.length},
-                            int64_t{s.copied_end}, int64_t{s.frozen}, int64_t{s.claimed}, int64_t{s.first_link}}) {
+    for (const int64_t x :
+         {int64_t{i}, static_cast<int64_t>(s.uid), s.first_position, int64_t{s.length},
+          int64_t{s.copied_end}, int64_t{s.frozen}, int64_t{s.claimed}, int64_t{s.first_link}}) {
       h.add(x);
     }
     for (const int32_t page : s.pages) h.add(page);

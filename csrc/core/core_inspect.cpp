@@ -51,7 +51,8 @@ void CacheCore::slots(Handle h, std::vector<int64_t>& out) const {
     const Link& l = store_.links[at];
     const Segment& s = store_.segments[l.segment];
     for (int32_t slot = l.lo; slot < l.hi; ++slot) {
-      out.push_back(static_cast<int64_t>(s.pages[slot / page_size()]) * page_size() + slot % page_size());
+      out.push_back(static_cast<int64_t>(s.pages[slot / page_size()]) * page_size() +
+                    slot % page_size());
     }
   }
 }
@@ -85,15 +86,17 @@ void CacheCore::page_table(Handle h, std::vector<int32_t>& out) const {
     const Link& l = store_.links[at];
     const Segment& s = store_.segments[l.segment];
     if (l.lo % page_size() != token % page_size()) {
-      fail(ErrorKind::kNotDense, "branch " + std::to_string(serial(h)) + ": token " + std::to_string(token) +
-                                     " lies in slot " + std::to_string(l.lo % page_size()) +
-                                     " of its page, expected slot " + std::to_string(token % page_size()));
+      fail(ErrorKind::kNotDense,
+           "branch " + std::to_string(serial(h)) + ": token " + std::to_string(token) +
+               " lies in slot " + std::to_string(l.lo % page_size()) +
+               " of its page, expected slot " + std::to_string(token % page_size()));
     }
     int32_t page = l.lo / page_size();
     if (l.lo % page_size() != 0) {  // goes on in the page that the link before ended in
       if (out.back() != s.pages[page]) {
-        fail(ErrorKind::kNotDense, "branch " + std::to_string(serial(h)) + ": token " + std::to_string(token) +
-                                       " starts in mid-page, but not in the page of the token before it");
+        fail(ErrorKind::kNotDense,
+             "branch " + std::to_string(serial(h)) + ": token " + std::to_string(token) +
+                 " starts in mid-page, but not in the page of the token before it");
       }
       ++page;
     }
@@ -115,7 +118,8 @@ CoreStats CacheCore::stats() const {
   std::vector<int32_t> link_owner(store_.links.size(), 0);
   for (Index i = 0; i < branches_.size(); ++i) {
     if (!branches_.taken(i)) continue;
-    for (Index at = branches_[i].head; at != kNone && link_owner[at] != -1; at = store_.links[at].parent) {
+    for (Index at = branches_[i].head; at != kNone && link_owner[at] != -1;
+         at = store_.links[at].parent) {
       link_owner[at] = link_owner[at] == 0 ? i + 1 : -1;
     }
   }

@@ -13,7 +13,9 @@ struct Held {
   uint64_t uid;
   int64_t lo, hi;
   int64_t shift;
-  bool operator<(const Held& other) const { return uid != other.uid ? uid < other.uid : lo < other.lo; }
+  bool operator<(const Held& other) const {
+    return uid != other.uid ? uid < other.uid : lo < other.lo;
+  }
 };
 
 struct NewLink {
@@ -65,7 +67,9 @@ class Union {
     for (; at < h.hi; ++it) {
       const bool overlaps = it != held_.end() && it->uid == h.uid && it->lo < h.hi;
       const int64_t gap_end = overlaps ? std::max(it->lo, at) : h.hi;
-      if (gap_end > at) append(link, slot + (at - h.lo), slot + (gap_end - h.lo), {h.uid, at, gap_end, h.shift}, fresh);
+      if (gap_end > at)
+        append(link, slot + (at - h.lo), slot + (gap_end - h.lo), {h.uid, at, gap_end, h.shift},
+               fresh);
       if (!overlaps) break;
       if (it->shift != h.shift) {
         fail(ErrorKind::kValue, "children: a token stands at two different position shifts, " +
@@ -85,7 +89,8 @@ class Union {
         return;
       }
     }
-    links_.push_back({link.segment, static_cast<int32_t>(lo), static_cast<int32_t>(hi), link.position_shift});
+    links_.push_back(
+        {link.segment, static_cast<int32_t>(lo), static_cast<int32_t>(hi), link.position_shift});
   }
 
   const ContextStore& store_;
@@ -96,12 +101,14 @@ class Union {
 
 }  // namespace
 
-void CacheCore::join(Handle h, std::span<const Handle> children, JoinPosition mode, int64_t position) {
+void CacheCore::join(Handle h, std::span<const Handle> children, JoinPosition mode,
+                     int64_t position) {
   const Index i = require(h);
   require_no_step("join");
   require_distinct(children);
   if (std::find(children.begin(), children.end(), h) != children.end()) {
-    fail(ErrorKind::kValue, "children: branch " + std::to_string(serial(h)) + " cannot be joined with itself");
+    fail(ErrorKind::kValue,
+         "children: branch " + std::to_string(serial(h)) + " cannot be joined with itself");
   }
   if (children.empty()) fail(ErrorKind::kValue, "children: expected at least one branch, got none");
 
@@ -119,7 +126,8 @@ void CacheCore::join(Handle h, std::span<const Handle> children, JoinPosition mo
     largest = std::max(largest, child.position);
     // Links above a marked one are held already: the chain behind it was walked before.
     chain.clear();
-    for (Index at = child.head; at != kNone && store_.links[at].mark != mark; at = store_.links[at].parent) {
+    for (Index at = child.head; at != kNone && store_.links[at].mark != mark;
+         at = store_.links[at].parent) {
       store_.links[at].mark = mark;
       chain.push_back(at);
     }
@@ -129,10 +137,12 @@ void CacheCore::join(Handle h, std::span<const Handle> children, JoinPosition mo
   Branch& b = branches_[i];
   if (mode == JoinPosition::kMax) position = largest;
   if (mode == JoinPosition::kSum) position = b.position + all.num_tokens();
-  if (position < 0 || position > kMaxLength || store_.length(b.head) + all.num_tokens() > kMaxLength) {
-    fail(ErrorKind::kValue, "position: expected position and length of the joined branch within 0 to 2**31 - 1, got " +
-                                std::to_string(position) + " and " +
-                                std::to_string(store_.length(b.head) + all.num_tokens()));
+  if (position < 0 || position > kMaxLength ||
+      store_.length(b.head) + all.num_tokens() > kMaxLength) {
+    fail(ErrorKind::kValue,
+         "position: expected position and length of the joined branch within 0 to 2**31 - 1, got " +
+             std::to_string(position) + " and " +
+             std::to_string(store_.length(b.head) + all.num_tokens()));
   }
   store_.reserve(0, all.links().size());
 

@@ -14,35 +14,40 @@ void CacheCore::validate_request(const StepRequest& r, int64_t total) const {
          "tokens: expected 1 to 2**31 - 1 for " + who + ", got " + std::to_string(r.num_tokens));
   }
   const int64_t length = store_.length(b.head) + r.num_tokens;
-  if (length > kMaxLength || b.position + r.num_tokens > kMaxLength || total + r.num_tokens > kMaxLength) {
-    fail(ErrorKind::kValue, "tokens: length, positions and rows must stay below 2**31, but " + who + " would reach length " +
-                                std::to_string(length) + ", position " +
+  if (length > kMaxLength || b.position + r.num_tokens > kMaxLength ||
+      total + r.num_tokens > kMaxLength) {
+    fail(ErrorKind::kValue, "tokens: length, positions and rows must stay below 2**31, but " + who +
+                                " would reach length " + std::to_string(length) + ", position " +
                                 std::to_string(b.position + r.num_tokens) + " in a step of " +
                                 std::to_string(total + r.num_tokens) + " rows");
   }
   if (r.parents == nullptr) return;
   for (int64_t i = 0; i < r.num_tokens; ++i) {
     if (r.parents[i] < -1 || r.parents[i] >= i) {
-      fail(ErrorKind::kValue, "parents: expected -1 <= parents[i] < i for " + who + ", got parents[" +
-                                  std::to_string(i) + "] = " + std::to_string(r.parents[i]));
+      fail(ErrorKind::kValue, "parents: expected -1 <= parents[i] < i for " + who +
+                                  ", got parents[" + std::to_string(i) +
+                                  "] = " + std::to_string(r.parents[i]));
     }
   }
 }
 
-// Decides where a row writes: on in the head's segment, into a copy of its part-filled page, or into fresh pages.
+// Decides where a row writes: on in the head's segment, into a copy of its part-filled page, or
+// into fresh pages.
 void CacheCore::lay_out(StepRow& row) noexcept {
   const Branch& b = branches_[row.branch];
   row.cut_link = kNone;
   row.first_slot = 0;
   row.segment = kNone;
-  if (store_.can_extend(b.head, b.position) && !store_.segments[store_.links[b.head].segment].claimed) {
+  if (store_.can_extend(b.head, b.position) &&
+      !store_.segments[store_.links[b.head].segment].claimed) {
     row.segment = store_.links[b.head].segment;
     Segment& s = store_.segments[row.segment];
     s.claimed = true;
     row.first_slot = s.length;
     return;
   }
-  if (tail_ != TailPolicy::kCopy || b.head == kNone || store_.end_position(b.head) != b.position) return;
+  if (tail_ != TailPolicy::kCopy || b.head == kNone || store_.end_position(b.head) != b.position)
+    return;
   const Link& tail = store_.links[b.head];
   const int32_t page_start = tail.hi / page_size() * page_size();
   if (page_start == tail.hi || tail.position_shift != 0) return;
@@ -51,7 +56,8 @@ void CacheCore::lay_out(StepRow& row) noexcept {
     const Link& l = store_.links[at];
     if (l.parent == kNone) return;
     const Link& p = store_.links[l.parent];
-    if (p.segment != l.segment || p.hi != l.lo || p.position_shift != 0) return;  // not dense: nothing to keep dense
+    if (p.segment != l.segment || p.hi != l.lo || p.position_shift != 0)
+      return;  // not dense: nothing to keep dense
     at = l.parent;
   }
   row.cut_link = at;
@@ -127,7 +133,8 @@ void CacheCore::fill_row(StepRow& row) noexcept {
 
 void CacheCore::open_step(std::span<const StepRequest> requests) {
   require_no_step("step");
-  if (requests.empty()) fail(ErrorKind::kValue, "tokens: expected at least one branch, got an empty mapping");
+  if (requests.empty())
+    fail(ErrorKind::kValue, "tokens: expected at least one branch, got an empty mapping");
   int64_t total = 0;
   int64_t drafted = 0;
   const uint64_t mark = store_.next_mark();
@@ -135,7 +142,8 @@ void CacheCore::open_step(std::span<const StepRequest> requests) {
     validate_request(r, total);
     const Branch& b = branches_[find(r.branch)];
     if (b.mark == mark) {
-      fail(ErrorKind::kDuplicateBranch, "branch " + std::to_string(serial(r.branch)) + " was given twice in one step");
+      fail(ErrorKind::kDuplicateBranch,
+           "branch " + std::to_string(serial(r.branch)) + " was given twice in one step");
     }
     b.mark = mark;
     total += r.num_tokens;
@@ -170,10 +178,11 @@ void CacheCore::open_step(std::span<const StepRequest> requests) {
     step_.rows.push_back(row);
   }
   if (needed > store_.pages.num_free()) {
-    Error e(ErrorKind::kOutOfPages, "step: needs " + std::to_string(needed) + " pages, " +
-                                        std::to_string(store_.pages.num_free()) + " of " +
-                                        std::to_string(store_.pages.num_pages()) +
-                                        " are free; free or crop branches, or make the cache larger");
+    Error e(ErrorKind::kOutOfPages,
+            "step: needs " + std::to_string(needed) + " pages, " +
+                std::to_string(store_.pages.num_free()) + " of " +
+                std::to_string(store_.pages.num_pages()) +
+                " are free; free or crop branches, or make the cache larger");
     e.needed = needed;
     e.free = store_.pages.num_free();
     throw e;
@@ -210,7 +219,8 @@ void CacheCore::accept(int64_t index, std::span<const int32_t> path) {
   row.accepted = static_cast<int32_t>(path.size());
   for (int32_t k = 0; k < row.accepted; ++k) {
     if (path[k] == k) continue;
-    step_.moves.push_back({slot_address(row, row.first_slot + path[k]), slot_address(row, row.first_slot + k)});
+    step_.moves.push_back(
+        {slot_address(row, row.first_slot + path[k]), slot_address(row, row.first_slot + k)});
   }
 }
 
@@ -226,8 +236,9 @@ Index CacheCore::new_head(const StepRow& row, Staged& staged, int32_t num_tokens
     const Link l = store_.links[row.cut_link];
     Segment& source = store_.segments[l.segment];
     source.copied_end = std::max(source.copied_end, row.cut_slot + row.first_slot);
-    parent = l.lo == row.cut_slot ? l.parent
-                                  : store_.add_link(l.parent, l.segment, l.lo, row.cut_slot, l.position_shift);
+    parent = l.lo == row.cut_slot
+                 ? l.parent
+                 : store_.add_link(l.parent, l.segment, l.lo, row.cut_slot, l.position_shift);
   }
   return store_.add_link(parent, segment, 0, row.first_slot + num_tokens, 0);
 }
@@ -247,7 +258,8 @@ void CacheCore::commit_row(const StepRow& row, Staged* staged) noexcept {
     if (store_.links[b.head].refs == 1) {
       store_.extend(b.head, num_tokens);
     } else {
-      set_head(b, store_.add_link(b.head, row.segment, row.first_slot, row.first_slot + num_tokens, 0));
+      set_head(
+          b, store_.add_link(b.head, row.segment, row.first_slot, row.first_slot + num_tokens, 0));
     }
   } else {
     staged->pages.assign(first, first + used);

@@ -26,7 +26,8 @@ enum class ErrorKind {
 
 class Error : public std::exception {
  public:
-  Error(ErrorKind error_kind, std::string message) : kind(error_kind), message_(std::move(message)) {}
+  Error(ErrorKind error_kind, std::string message)
+      : kind(error_kind), message_(std::move(message)) {}
   const char* what() const noexcept override { return message_.c_str(); }
 
   ErrorKind kind;

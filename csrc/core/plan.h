@@ -1,22 +1,23 @@
 // The plan of one step, as one flat buffer that host and device read alike.
 //
-// A plan says which query tokens may see which slots of which pages. It is built once per step (and per distinct
-// sliding window and GQA group), and every layer reuses it. The buffer is an array of 64-bit words: a PlanHeader, then
-// sections at the word offsets that the header names. All records are plain integers, so a kernel reads them in place.
+// A plan says which query tokens may see which slots of which pages. It is built once per step (and
+// per distinct sliding window and GQA group), and every layer reuses it. The buffer is an array of
+// 64-bit words: a PlanHeader, then sections at the word offsets that the header names. All records
+// are plain integers, so a kernel reads them in place.
 //
-//   blocks[num_blocks]          PlanBlock: a row block, at most 64 query tokens that work items serve together
-//   tokens[num_block_tokens]    int32: query row of each token of each block
+//   blocks[num_blocks]          PlanBlock: a row block, at most 64 query tokens that work items
+//   serve together tokens[num_block_tokens]    int32: query row of each token of each block
 //   positions[num_block_tokens] int32: position of that query row (sliding windows compare with it)
 //   items[num_items]            PlanItem: one row block x consecutive runs, the unit of scheduling
-//   runs[num_runs]              PlanRun: slots of one segment, and which of the block's tokens see them
-//   pages[num_pages]            int32: physical pages; a run indexes into this list
+//   runs[num_runs]              PlanRun: slots of one segment, and which of the block's tokens see
+//   them pages[num_pages]            int32: physical pages; a run indexes into this list
 //   words[num_words]            uint64: per-slot visibility words of kPerSlot runs
 //   merge_indptr[num_tokens+1]  int32: CSR over query rows into merge_rows
 //   merge_rows[...]             int32: partial rows that make up a query row, in merge order
 //
-// A query row served by exactly one item is written directly by it (its CSR range is empty). A row served by several
-// items has one partial row in each; partial row r holds (num_q_heads, head_dim_v) fp32 values and num_q_heads
-// natural-log LSEs.
+// A query row served by exactly one item is written directly by it (its CSR range is empty). A row
+// served by several items has one partial row in each; partial row r holds (num_q_heads,
+// head_dim_v) fp32 values and num_q_heads natural-log LSEs.
 #pragma once
 
 #include <cstdint>
@@ -40,12 +41,12 @@ struct PlanHeader {
   int32_t num_words;
   int32_t num_partial_rows;
   int32_t num_merge_rows;
-  int32_t group;           // query heads per KV head
+  int32_t group;  // query heads per KV head
   int32_t page_size;
-  int32_t window;          // sliding window in positions, 0 = none
-  int32_t page_limit;      // 1 + the largest page named: caches must have at least as many
+  int32_t window;            // sliding window in positions, 0 = none
+  int32_t page_limit;        // 1 + the largest page named: caches must have at least as many
   int32_t max_block_tokens;  // the largest block
-  int32_t off_blocks;      // section offsets, in 64-bit words
+  int32_t off_blocks;        // section offsets, in 64-bit words
   int32_t off_tokens;
   int32_t off_positions;
   int32_t off_items;
@@ -67,7 +68,8 @@ struct PlanItem {
   int32_t block;
   int32_t run_begin;
   int32_t run_end;
-  int32_t partial_begin;  // token t of the block writes partial row partial_begin + t; -1: the final output
+  int32_t partial_begin;  // token t of the block writes partial row partial_begin + t; -1: the
+                          // final output
 };
 
 // Visibility of slot j (0 <= j < num_slots) for token t of the block is the conjunction of

@@ -115,7 +115,8 @@ int32_t Planner::group_of(const std::vector<Interval>& rows) {
   if (rows.size() == 1 && rows[0].end == rows[0].begin + 1) {
     slot = &group_of_row_[rows[0].begin];
   } else if (rows.size() == 1) {
-    const uint64_t key = (static_cast<uint64_t>(rows[0].begin) << 32) | static_cast<uint32_t>(rows[0].end);
+    const uint64_t key =
+        (static_cast<uint64_t>(rows[0].begin) << 32) | static_cast<uint32_t>(rows[0].end);
     slot = &group_of_interval_.try_emplace(key, -1).first->second;
   } else {
     slot = &group_of_set_.try_emplace(rows, -1).first->second;
@@ -127,7 +128,8 @@ int32_t Planner::group_of(const std::vector<Interval>& rows) {
   return *slot;
 }
 
-void Planner::add_piece(const std::vector<Interval>& rows, const Node& node, int32_t lo, int32_t hi) {
+void Planner::add_piece(const std::vector<Interval>& rows, const Node& node, int32_t lo,
+                        int32_t hi) {
   const Link& l = core_->store().links[node.link];
   const int64_t first = core_->store().segments[l.segment].first_position + lo + l.position_shift;
   groups_[group_of(rows)].pieces.push_back({node.rank, l.segment, lo, hi, first});
@@ -141,11 +143,14 @@ void Planner::collect_pieces() {
   }
   const auto segment_of = [&](int32_t n) { return store.links[nodes_[n].link].segment; };
   std::sort(by_segment.begin(), by_segment.end(), [&](int32_t a, int32_t b) {
-    return segment_of(a) != segment_of(b) ? segment_of(a) < segment_of(b) : nodes_[a].rank < nodes_[b].rank;
+    return segment_of(a) != segment_of(b) ? segment_of(a) < segment_of(b)
+                                          : nodes_[a].rank < nodes_[b].rank;
   });
   for (std::size_t first = 0; first < by_segment.size();) {
     std::size_t last = first + 1;
-    while (last < by_segment.size() && segment_of(by_segment[last]) == segment_of(by_segment[first])) ++last;
+    while (last < by_segment.size() &&
+           segment_of(by_segment[last]) == segment_of(by_segment[first]))
+      ++last;
     const Node& node = nodes_[by_segment[first]];
     if (last == first + 1) {
       const Link& l = store.links[node.link];
@@ -204,7 +209,8 @@ void Planner::assign_partials() {
   for (PlanItem& item : items_) {
     const PlanBlock& b = blocks_[item.block];
     bool shared = false;
-    for (int32_t t = 0; t < b.num_tokens; ++t) shared |= merge_indptr_[tokens_[b.token_begin + t] + 1] > 1;
+    for (int32_t t = 0; t < b.num_tokens; ++t)
+      shared |= merge_indptr_[tokens_[b.token_begin + t] + 1] > 1;
     item.partial_begin = shared ? next : -1;
     if (shared) {
       next += b.num_tokens;
@@ -235,8 +241,9 @@ class Writer {
     const auto offset = static_cast<int32_t>(buffer_.size());
     const std::size_t bytes = data.size() * sizeof(T);
     buffer_.resize(buffer_.size() + (bytes + 7) / 8, 0);
-    if (bytes != 0) std::copy_n(reinterpret_cast<const char*>(data.data()), bytes,
-                                reinterpret_cast<char*>(buffer_.data() + offset));
+    if (bytes != 0)
+      std::copy_n(reinterpret_cast<const char*>(data.data()), bytes,
+                  reinterpret_cast<char*>(buffer_.data() + offset));
     return offset;
   }
 
@@ -263,7 +270,8 @@ void Planner::serialise(PlanData& out) const {
   h.page_size = core_->page_size();
   h.window = request_.window;
   h.page_limit = pages_.empty() ? 0 : 1 + *std::max_element(pages_.begin(), pages_.end());
-  for (const PlanBlock& b : blocks_) h.max_block_tokens = std::max(h.max_block_tokens, b.num_tokens);
+  for (const PlanBlock& b : blocks_)
+    h.max_block_tokens = std::max(h.max_block_tokens, b.num_tokens);
 
   out.buffer.assign(sizeof(PlanHeader) / 8, 0);
   Writer writer(out.buffer);
@@ -277,7 +285,8 @@ void Planner::serialise(PlanData& out) const {
   h.off_merge_indptr = writer.section(merge_indptr_);
   h.off_merge_rows = writer.section(merge_rows_);
   h.total_words = static_cast<int32_t>(out.buffer.size());
-  std::copy_n(reinterpret_cast<const char*>(&h), sizeof(h), reinterpret_cast<char*>(out.buffer.data()));
+  std::copy_n(reinterpret_cast<const char*>(&h), sizeof(h),
+              reinterpret_cast<char*>(out.buffer.data()));
 }
 
 }  // namespace fork_attn

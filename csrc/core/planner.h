@@ -1,7 +1,9 @@
-// Turns the open step of a cache into a plan: row blocks, work items, runs (see plan.h for the format).
+// Turns the open step of a cache into a plan: row blocks, work items, runs (see plan.h for the
+// format).
 //
-// Query rows that see the same slots form a group. Every maximal stretch of slots is read once for each row block of
-// the group that sees it, so a shared prefix is read once per block of tokens, whatever the number of branches.
+// Query rows that see the same slots form a group. Every maximal stretch of slots is read once for
+// each row block of the group that sees it, so a shared prefix is read once per block of tokens,
+// whatever the number of branches.
 #pragma once
 
 #include <compare>
@@ -26,7 +28,7 @@ struct PlanCounts {
   int64_t unique_slots;       // slots that some row sees, each once
   int64_t tile_unique_slots;  // slots once per row block's worth of tokens that see them
   int64_t read_slots;         // slots that the items read
-  int64_t visible_pairs;   // (query row, slot) pairs that attend
+  int64_t visible_pairs;      // (query row, slot) pairs that attend
   int64_t executed_pairs;  // (query row, slot) pairs that the items compute, masked ones included
   int64_t num_tokens, num_blocks, num_items, num_runs, num_partial_rows;
 };

@@ -9,11 +9,15 @@ namespace fork_attn {
 
 namespace {
 
-uint64_t full_mask(std::size_t num_tokens) { return num_tokens >= 64 ? ~uint64_t{0} : (uint64_t{1} << num_tokens) - 1; }
+uint64_t full_mask(std::size_t num_tokens) {
+  return num_tokens >= 64 ? ~uint64_t{0} : (uint64_t{1} << num_tokens) - 1;
+}
 
 }  // namespace
 
-int32_t Planner::query_row(const Token& token) const { return core_->step().rows[token.row].row_begin + token.index; }
+int32_t Planner::query_row(const Token& token) const {
+  return core_->step().rows[token.row].row_begin + token.index;
+}
 
 int32_t Planner::position(const Token& token) const {
   return static_cast<int32_t>(core_->step().positions[query_row(token)]);
@@ -23,7 +27,8 @@ int32_t Planner::segment_pages(Index segment) {
   int32_t& begin = pages_of_segment_[segment];
   if (begin >= 0) return begin;
   begin = static_cast<int32_t>(pages_.size());
-  for (const int32_t page : core_->store().segments[segment].pages) pages_.push_back(std::max(page, 0));
+  for (const int32_t page : core_->store().segments[segment].pages)
+    pages_.push_back(std::max(page, 0));
   if (row_of_segment_[segment] >= 0) {  // the pages that this step adds follow at once
     const StepRow& row = core_->step().rows[row_of_segment_[segment]];
     const auto first = core_->step().pages.begin();
@@ -87,7 +92,8 @@ void Planner::emit_groups() {
   for (const StepRow& row : step.rows) counts_.unique_slots += row.num_tokens;
 }
 
-void Planner::emit_block(const Group& group, const Tokens& tokens, std::vector<int64_t>& least_dropped) {
+void Planner::emit_block(const Group& group, const Tokens& tokens,
+                         std::vector<int64_t>& least_dropped) {
   const auto first_run = static_cast<int32_t>(runs_.size());
   min_position_ = INT32_MAX;
   max_position_ = INT32_MIN;
@@ -101,8 +107,15 @@ void Planner::emit_block(const Group& group, const Tokens& tokens, std::vector<i
   for (std::size_t p = 0; p < group.pieces.size(); ++p) {
     const Piece& piece = group.pieces[p];
     const int32_t begin = segment_pages(piece.segment);
-    PlanRun run{full_mask(tokens.size()), begin + piece.lo / page_size, piece.lo % page_size, piece.hi - piece.lo, 0,
-                kFull, 0, 0, 0};
+    PlanRun run{full_mask(tokens.size()),
+                begin + piece.lo / page_size,
+                piece.lo % page_size,
+                piece.hi - piece.lo,
+                0,
+                kFull,
+                0,
+                0,
+                0};
     least_dropped[p] = std::min(least_dropped[p], push_run(run, piece.first_position));
   }
   if (group.rows.size() == 1 && group.rows[0].end == group.rows[0].begin + 1) {
@@ -129,12 +142,20 @@ void Planner::emit_own(const StepRow& row, const Tokens& tokens) {
   const int32_t first = tokens.front().index;
   const int32_t last = tokens.back().index;
   const int32_t page_size = core_->page_size();
-  PlanRun run{full_mask(tokens.size()), begin + row.first_slot / page_size, row.first_slot % page_size, last + 1, 0,
-              last > first ? kDiagonal : kFull, first + 1, 0, 0};
+  PlanRun run{full_mask(tokens.size()),
+              begin + row.first_slot / page_size,
+              row.first_slot % page_size,
+              last + 1,
+              0,
+              last > first ? kDiagonal : kFull,
+              first + 1,
+              0,
+              0};
   push_run(run, core_->step().positions[row.row_begin]);
 }
 
-// A draft token sees its ancestors in the draft and itself: one word per slot, the window worked in.
+// A draft token sees its ancestors in the draft and itself: one word per slot, the window worked
+// in.
 void Planner::emit_draft(const StepRow& row, const Tokens& tokens) {
   const Step& step = core_->step();
   const auto words_begin = static_cast<int32_t>(words_.size());
@@ -160,8 +181,8 @@ void Planner::emit_draft(const StepRow& row, const Tokens& tokens) {
   runs_.push_back(run);
 }
 
-// Adds a run to the item under construction, without the slots that its window hides from every token of the block.
-// Returns how many slots those were.
+// Adds a run to the item under construction, without the slots that its window hides from every
+// token of the block. Returns how many slots those were.
 int64_t Planner::push_run(PlanRun run, int64_t first_position) {
   int64_t dropped = 0;
   if (request_.window > 0) {
@@ -174,7 +195,8 @@ int64_t Planner::push_run(PlanRun run, int64_t first_position) {
     run.num_slots -= static_cast<int32_t>(dropped);
     run.diag -= static_cast<int32_t>(dropped);
     first_position += dropped;
-    if (first_position <= static_cast<int64_t>(max_position_) - request_.window) run.kind |= kWindow;
+    if (first_position <= static_cast<int64_t>(max_position_) - request_.window)
+      run.kind |= kWindow;
   }
   run.first_position = static_cast<int32_t>(first_position);
   counts_.tile_unique_slots += run.num_slots;
@@ -207,7 +229,8 @@ void Planner::count_run(const PlanRun& run, const Tokens& tokens) {
     return;
   }
   if ((run.kind & kPerSlot) != 0) {
-    for (int32_t j = 0; j < run.num_slots; ++j) counts_.visible_pairs += std::popcount(words_[run.words_begin + j]);
+    for (int32_t j = 0; j < run.num_slots; ++j)
+      counts_.visible_pairs += std::popcount(words_[run.words_begin + j]);
     return;
   }
   for (int64_t t = 0; t < num_tokens; ++t) {
@@ -215,7 +238,8 @@ void Planner::count_run(const PlanRun& run, const Tokens& tokens) {
     int64_t end = run.num_slots;
     if ((run.kind & kDiagonal) != 0) end = std::min<int64_t>(end, run.diag + t);
     if ((run.kind & kWindow) != 0) {
-      first = std::max<int64_t>(0, int64_t{position(tokens[t])} - request_.window + 1 - run.first_position);
+      first = std::max<int64_t>(
+          0, int64_t{position(tokens[t])} - request_.window + 1 - run.first_position);
     }
     counts_.visible_pairs += std::max<int64_t>(0, end - first);
   }

@@ -1,5 +1,6 @@
-// Fixed-index object pools. `reserve` may throw and changes nothing that can be seen; everything after it is noexcept,
-// which is what lets a verb validate, reserve, and then commit without a way to fail.
+// Fixed-index object pools. `reserve` may throw and changes nothing that can be seen; everything
+// after it is noexcept, which is what lets a verb validate, reserve, and then commit without a way
+// to fail.
 #pragma once
 
 #include <algorithm>

@@ -1,9 +1,11 @@
 """Attention kernels and a paged, copy-on-write KV cache for models that think in parallel threads.
 
-The cache hands out branches. A branch forks without copying anything, several branches run in one step, attention reads
-a shared prefix once for all of them, and a join continues over the children's KV without prefilling it again.
+The cache hands out branches. A branch forks without copying anything, several branches run in one
+step, attention reads a shared prefix once for all of them, and a join continues over the children's
+KV without prefilling it again.
 
-`fork_attn.hf` attaches the cache to Hugging Face models. Nothing here imports Triton or transformers.
+`fork_attn.hf` attaches the cache to Hugging Face models. Nothing here imports Triton or
+transformers.
 """
 
 from fork_attn.branch import Branch

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 class Branch:
     """One thread: a context that it shares with other branches, and the position of its next token.
 
-    Branches come from `ForkedKVCache.new_branch`, `Branch.fork` and `Branch.fork_at`. They hash by identity. A branch
-    that is freed, or consumed by a join or select, raises `StaleBranch` from then on; one that is dropped is freed at
-    the cache's next verb; `with branch:` frees it on leaving.
+    Branches come from `ForkedKVCache.new_branch`, `Branch.fork` and `Branch.fork_at`. They hash by
+    identity. A branch that is freed, or consumed by a join or select, raises `StaleBranch` from
+    then on; one that is dropped is freed at the cache's next verb; `with branch:` frees it on
+    leaving.
 
-    Every verb validates first and then cannot fail: after an error nothing has changed. While a step is open every
-    verb raises `StepOpen`.
+    Every verb validates first and then cannot fail: after an error nothing has changed. While a
+    step is open every verb raises `StepOpen`.
     """
 
     __slots__ = ("__weakref__", "_handle", "cache")
@@ -33,13 +34,18 @@ class Branch:
     _handle: int
 
     def __init__(self) -> None:
-        raise TypeError("Branch: made by ForkedKVCache.new_branch(), fork() and fork_at(), not directly")
+        raise TypeError(
+            "Branch: made by ForkedKVCache.new_branch(), fork() and fork_at(), not directly"
+        )
 
     def __enter__(self) -> Branch:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.alive:
             self.free()
@@ -76,7 +82,10 @@ class Branch:
 
     @property
     def position(self) -> int:
-        """Position of the next token. Settable to any value >= 0: the next token then starts a new run of pages."""
+        """Position of the next token.
+
+        Settable to any value >= 0; the next token then starts a new run of pages.
+        """
         return self.cache._core.position(self._handle)
 
     @position.setter
@@ -89,16 +98,21 @@ class Branch:
         return torch.tensor(self.cache._core.positions(self._handle), dtype=torch.int64)
 
     def fork(self, n: int = 1) -> list[Branch]:
-        """`n` branches with the same context; this one may go on too. Costs O(n), whatever the length; copies nothing.
+        """`n` branches with the same context; this one may go on too. Costs O(n), whatever the
+        length; copies nothing.
 
         Raises:
             ValueError: `n` < 1.
         """
         cache = self.cache
-        return [cache._adopt(handle) for handle in cache._verb().fork(self._handle, integer("n", n, low=1))]
+        return [
+            cache._adopt(handle)
+            for handle in cache._verb().fork(self._handle, integer("n", n, low=1))
+        ]
 
     def fork_at(self, length: int) -> Branch:
-        """A branch that sees the first `length` tokens of this one's context; its position follows the last of them.
+        """A branch that sees the first `length` tokens of this one's context; its position follows
+        the last of them.
 
         Raises:
             ValueError: `length` is not within 0 to this branch's length.
@@ -112,15 +126,18 @@ class Branch:
         *,
         position: Literal["max", "sum"] | int = "max",
     ) -> None:
-        """The context becomes the union of this branch's and the children's; the children are freed. Copies nothing.
+        """The context becomes the union of this branch's and the children's; the children are
+        freed. Copies nothing.
 
-        The order is: what this branch sees, then what each child sees and the context does not hold yet, child by
-        child. The children keep the positions they were written at, as in Multiverse (arXiv 2506.09991).
+        The order is: what this branch sees, then what each child sees and the context does not hold
+        yet, child by child. The children keep the positions they were written at, as in Multiverse
+        (arXiv 2506.09991).
 
         Args:
             children: other live branches of the same cache.
-            position: where this branch goes on. "max": at the largest position of parent and children (Multiverse,
-                NPR, ParaThinker). "sum": at its own position plus the number of tokens that the join adds (ASPD).
+            position: where this branch goes on. "max": at the largest position of parent and
+                children (Multiverse, NPR, ParaThinker). "sum": at its own position plus the number
+                of tokens that the join adds (ASPD).
                 An int: there.
 
         Raises:
@@ -135,11 +152,12 @@ class Branch:
                 raise ValueError(f"position: expected 'max', 'sum' or an int, got {position!r}")
             core.join(self._handle, handles, position, 0)
         else:
-                core.join(self._handle, handles, "given", integer("position", position, low=0))
+            core.join(self._handle, handles, "given", integer("position", position, low=0))
         cache._forget(handles)
 
     def select(self, child: Branch) -> None:
-        """The branch takes the context of `child`, and every branch forked from it, `child` included, is freed.
+        """The branch takes the context of `child`, and every branch forked from it, `child`
+        included, is freed.
 
         For best-of-N, tree search and first-to-finish: the losers' pages return at once.
 
@@ -151,7 +169,8 @@ class Branch:
         cache._forget(cache._verb().select(self._handle, handle))
 
     def crop(self, length: int) -> None:
-        """Keeps the first `length` tokens of the context, across forks and joins; position follows the last of them.
+        """Keeps the first `length` tokens of the context, across forks and joins; position follows
+        the last of them.
 
         Raises:
             ValueError: `length` is not within 0 to the branch's length.
@@ -159,7 +178,8 @@ class Branch:
         self.cache._verb().crop(self._handle, integer("length", length, low=0))
 
     def excise(self, start: int, end: int) -> None:
-        """Drops the tokens [start, end) of the context; all others keep their positions (TIM, arXiv 2507.16784).
+        """Drops the tokens [start, end) of the context; all others keep their positions (TIM, arXiv
+        2507.16784).
 
         Raises:
             ValueError: not 0 <= start <= end <= length.
@@ -168,10 +188,11 @@ class Branch:
         self.cache._verb().excise(self._handle, low, high)
 
     def page_table(self) -> torch.Tensor:
-        """(num_pages,) int32: the pages of the context in order, token t in slot t % page_size of entry t // page_size.
+        """(num_pages,) int32: the pages of the context in order, token t in slot t % page_size of
+        entry t // page_size.
 
-        What flash-attn's and FlashInfer's paged calls take. Under `tail="copy"` every branch has one unless its context
-        was joined or excised, or its position was set in mid-page.
+        What flash-attn's and FlashInfer's paged calls take. Under `tail="copy"` every branch has
+        one unless its context was joined or excised, or its position was set in mid-page.
 
         Raises:
             NotDense: the context skips slots.

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from fork_attn import _C, checks, ops
 from fork_attn.branch import Branch, make_branch
 from fork_attn.errors import ForeignBranch, StalePlan, Unsupported
-from fork_attn.plan import Plan, PlanShape
 from fork_attn.render import render_cache
 from fork_attn.step import Draft, Step
-from fork_attn.storage import Layer
-
-T = TypeVar("T")
-PerLayer = T | Sequence[T]
-"""One value for every layer, or a sequence with one value per layer."""
-
-MAX_BLOCK_ROWS = 128  # rows (tokens x group) of one row block
+from fork_attn.storage import KVStorage, Layer, PerLayer, make_layers
 
 
 class CacheStats(NamedTuple):
@@ -56,8 +49,8 @@ class ForkedKVCache:
         page_size: slots of a page.
         dtype: of K and V: float32, bfloat16 or float16.
         device: where K and V live; "meta" keeps the books and makes plans, but holds no KV.
-        tail: what a writer does with a part-filled page that it shares and cannot go on in: "seal" takes a fresh page,
-            "copy" copies it (copy-on-write), which keeps page tables dense.
+        tail: what a writer does with a part-filled page that it shares and cannot go on in: "seal"
+            takes a fresh page, "copy" copies it (copy-on-write), which keeps page tables dense.
         backend: see `tree_attention`.
         batch_invariant: not part of this version.
         num_workers: workers that plans are balanced for; None means the device's cores.
@@ -66,6 +59,8 @@ class ForkedKVCache:
         ValueError, TypeError: an argument is off.
         Unsupported: this version cannot do it, by name.
     """
+
+    _lazy_storage = False
 
     def __init__(
         self,
@@ -89,7 +84,9 @@ class ForkedKVCache:
         self.num_pages = checks.integer("num_pages", num_pages, low=1)
         self.page_size = checks.integer("page_size", page_size, low=1, high=2**16)
         if self.num_pages * self.page_size >= 2**31:
-            raise ValueError(f"num_pages: expected fewer than 2**31 slots, got {num_pages} x {page_size}")
+            raise ValueError(
+                f"num_pages: expected fewer than 2**31 slots, got {num_pages} x {page_size}"
+            )
         if dtype not in ops._DTYPES:
             raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         if tail not in ("seal", "copy"):
@@ -104,31 +101,39 @@ class ForkedKVCache:
             raise Unsupported(f"device {self.device}: no GPU backend is part of this version")
         workers = torch.get_num_threads() if num_workers is None else num_workers
         self.num_workers = checks.integer("num_workers", workers, low=1)
-        shape = (num_q_heads, num_kv_heads, head_dim, head_dim if head_dim_v is None else head_dim_v)
-        self._layers = _make_layers(num_layers, *shape, sliding_window)
+        head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
+        self._storage = KVStorage(
+            make_layers(num_layers, num_q_heads, num_kv_heads, *head_dims, sliding_window),
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            dtype=dtype,
+            device=self.device,
+            lazy=self._lazy_storage,
+        )
         self._core = _C.CacheCore(self.num_pages, self.page_size, tail == "copy")
         self._refs: dict[int, weakref.ref[Branch]] = {}
         self._dropped: list[int] = []
         self._step_ref: weakref.ref[Step] | None = None
-        for layer in self._layers:
-            self._allocate(layer)
 
     @classmethod
     def _lazy(cls, **kwargs: Any) -> ForkedKVCache:
         """A cache whose layers take memory at their first write, in the shapes that arrive then."""
-        return _LazyCache(**kwargs)
+        cache = cls.__new__(cls)
+        cache._lazy_storage = True
+        cache.__init__(**kwargs)  # type: ignore[misc]
+        return cache
 
     def __repr__(self) -> str:
         s = self.stats()
         return (
-            f"ForkedKVCache({len(self._layers)} layers, {s.pages_live}/{s.pages_total} pages of {self.page_size} live, "
-            f"{s.branches} branches, {self.dtype}, {self.device})"
+            f"ForkedKVCache({self.num_layers} layers, {s.pages_live}/{s.pages_total} pages of "
+            f"{self.page_size} live, {s.branches} branches, {self.dtype}, {self.device})"
         )
 
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
-        return len(self._layers)
+        return len(self._storage.layers)
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -141,10 +146,12 @@ class ForkedKVCache:
         return self._adopt(self._verb().new_branch())
 
     def step(self, tokens: Mapping[Branch, int | Draft]) -> Step:
-        """Reserves slots for new tokens of some branches. Use as `with cache.step({a: 1, b: 3}) as step:`.
+        """Reserves slots for new tokens of some branches. Use as `with cache.step({a: 1, b: 3}) as
+        step:`.
 
         Args:
-            tokens: number of new tokens, or a draft tree, of each branch. The mapping's order is the order of rows.
+            tokens: number of new tokens, or a draft tree, of each branch. The mapping's order is
+                the order of rows.
 
         Raises:
             OutOfPages: the pool cannot hold them; nothing was changed.
@@ -155,7 +162,9 @@ class ForkedKVCache:
         num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
         try:
             step = Step(self, tuple(tokens), num_tokens)
-            self._copy_tails()
+            copies = core.step_copies()
+            if copies:
+                self._storage.copy_pages(copies)
         except BaseException:
             if core.step_open:
                 core.rollback_step()
@@ -175,12 +184,14 @@ class ForkedKVCache:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Stores the step's new K and V of one layer and attends: row i sees its branch's context and its own tokens up
+        """Stores the step's new K and V of one layer and attends: row i sees its branch's context
+        and its own tokens up
         to itself (a draft token: its ancestors and itself).
 
         Args:
             layer_idx: 0 to num_layers - 1.
-            q: (T, num_q_heads, head_dim), the step's rows in order, in the cache's dtype and device.
+            q: (T, num_q_heads, head_dim), the step's rows in order, in the cache's dtype and
+                device.
             k: (T, num_kv_heads, head_dim), already rotated.
             v: (T, num_kv_heads, head_dim_v).
             step: open, of this cache.
@@ -198,7 +209,7 @@ class ForkedKVCache:
         self._require_step(step)
         if self.device.type == "meta":
             raise Unsupported("attend: a cache on device 'meta' holds no KV")
-        self._fit(layer, q, k, v)
+        self._storage.fit(layer, q, k, v)
         shape = (step.num_tokens, layer.num_q_heads, layer.head_dim)
         checks.tensor("q", q, shape=shape, dtype=self.dtype, device=self.device)
         plan = step.plan_for(layer_idx)
@@ -221,14 +232,17 @@ class ForkedKVCache:
         return out
 
     def layer(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(k_cache, v_cache): views (num_pages, page_size, num_kv_heads, head_dim), the latter with head_dim_v.
+        """(k_cache, v_cache): views (num_pages, page_size, num_kv_heads, head_dim), the latter with
+        head_dim_v.
 
         Raises:
             ValueError: no such layer, or (attached models) one that was never written.
         """
         layer = self._layer(layer_idx)
         if layer.k_cache is None or layer.v_cache is None:
-            raise ValueError(f"layer_idx: layer {layer_idx} takes memory at its first write, and had none yet")
+            raise ValueError(
+                f"layer_idx: layer {layer_idx} takes memory at its first write, and had none yet"
+            )
         return layer.k_cache, layer.v_cache
 
     def reorder(self, branches: Sequence[Branch], indices: Sequence[int]) -> None:
@@ -256,8 +270,8 @@ class ForkedKVCache:
         """Counts of pages, segments and branches, and the bytes of live KV."""
         self._free_dropped()
         counts = self._core.stats()
-        live = counts[2]
-        return CacheStats(*counts, live * sum(layer.page_bytes(self.page_size, self.dtype) for layer in self._layers))
+        pages_live = counts[2]
+        return CacheStats(*counts, pages_live * self._storage.page_bytes)
 
     def check(self) -> None:
         """Recounts every invariant of the bookkeeping from scratch.
@@ -308,7 +322,8 @@ class ForkedKVCache:
         return handles
 
     def _layer(self, layer_idx: int) -> Layer:
-        return self._layers[checks.integer("layer_idx", layer_idx, low=0, high=len(self._layers) - 1)]
+        index = checks.integer("layer_idx", layer_idx, low=0, high=self.num_layers - 1)
+        return self._storage.layers[index]
 
     def _require_step(self, step: Step) -> None:
         if not isinstance(step, Step):
@@ -317,12 +332,6 @@ class ForkedKVCache:
             raise ValueError("step: expected one of this cache, got one of another")
         if step.state != "open":
             raise StalePlan(f"step: expected an open step, got one that is {step.state}")
-
-    def _allocate(self, layer: Layer) -> None:
-        layer.allocate(self.num_pages, self.page_size, self.dtype, self.device)
-
-    def _fit(self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """For caches that learn their shapes at the first write."""
 
     def _store(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         layer = self._layer(layer_idx)
@@ -335,91 +344,3 @@ class ForkedKVCache:
             torch.ops.fork_attn.store_kv(k, v, layer.k_cache, layer.v_cache, step.slot_mapping)
         finally:
             self._core.leave()
-
-    def _build_plan(self, layer: Layer) -> Plan:
-        data = self._core.build_plan(layer.window or 0, layer.group, MAX_BLOCK_ROWS)
-        shape = PlanShape(
-            layer.num_q_heads, layer.num_kv_heads, layer.head_dim, layer.head_dim_v, self.dtype.itemsize
-        )
-        buffer = torch.frombuffer(data, dtype=torch.int64)
-        return Plan(
-            buffer,
-            data.counts,
-            tuple(data.item_pairs),
-            shape,
-            group=layer.group,
-            page_size=self.page_size,
-            page_limit=data.page_limit,
-            num_workers=self.num_workers,
-        )
-
-    def _copy_tails(self) -> None:
-        copies = self._core.step_copies()
-        if copies:
-            src, dst = torch.tensor(copies, dtype=torch.int32).t().contiguous()
-            for layer in self._stored_layers():
-                layer.copy_pages(src, dst)
-
-    def _move_accepted(self) -> None:
-        moves = self._core.step_moves()
-        if moves:
-            src, dst = torch.tensor(moves, dtype=torch.int64).t().contiguous()
-            for layer in self._stored_layers():
-                layer.move_slots(src, dst)
-
-    def _stored_layers(self) -> list[Layer]:
-        return [] if self.device.type == "meta" else [x for x in self._layers if x.k_cache is not None]
-
-
-class _LazyCache(ForkedKVCache):
-    """Takes a layer's memory at its first write: only then tensor parallel ranks know their share of the heads."""
-
-    def _allocate(self, layer: Layer) -> None:
-        pass
-
-    def _fit(self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        if layer.k_cache is not None:
-            return
-        for name, value in (("q", q), ("k", k), ("v", v)):
-            heads_and_dim = ("T", "num_heads", "head_dim")
-            checks.tensor(name, value, shape=heads_and_dim, dtype=self.dtype, device=self.device)
-        group, rest = divmod(q.shape[1], k.shape[1])
-        if rest or group != layer.group:
-            raise ValueError(
-                f"q: expected {layer.group} query heads per KV head in layer {layer.index}, "
-                f"got {q.shape[1]} over {k.shape[1]}"
-            )
-        layer.num_q_heads, layer.num_kv_heads = q.shape[1], k.shape[1]
-        layer.head_dim, layer.head_dim_v = k.shape[2], v.shape[2]
-        layer.allocate(self.num_pages, self.page_size, self.dtype, self.device)
-
-
-def _make_layers(
-    num_layers: int,
-    num_q_heads: PerLayer[int],
-    num_kv_heads: PerLayer[int],
-    head_dim: PerLayer[int],
-    head_dim_v: PerLayer[int],
-    sliding_window: PerLayer[int | None],
-) -> list[Layer]:
-    sizes = {
-        "num_q_heads": num_q_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "head_dim_v": head_dim_v,
-    }
-    columns = [
-        [checks.integer(name, x, low=1, high=2**16) for x in checks.per_layer(name, value, num_layers)]
-        for name, value in sizes.items()
-    ]
-    windows = [
-        None if w is None else checks.integer("sliding_window", w, low=1)
-        for w in checks.per_layer("sliding_window", sliding_window, num_layers)
-    ]
-    layers = [Layer(i, *row) for i, row in enumerate(zip(*columns, windows, strict=True))]
-    for layer in layers:
-        if layer.num_q_heads % layer.num_kv_heads:
-            raise ValueError(
-                f"num_q_heads: expected a multiple of num_kv_heads {layer.num_kv_heads}, got {layer.num_q_heads}"
-            )
-    return layers

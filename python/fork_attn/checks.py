@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-
-T = TypeVar("T")
 
 
 def integer(name: str, value: Any, *, low: int, high: int = 2**31 - 1) -> int:
@@ -24,13 +22,13 @@ def integer(name: str, value: Any, *, low: int, high: int = 2**31 - 1) -> int:
     return result
 
 
-def per_layer(name: str, value: T | Sequence[T], num_layers: int) -> tuple[T, ...]:
+def per_layer(name: str, value: Any, num_layers: int) -> tuple[Any, ...]:
     """One value for every layer, or a sequence with one value per layer."""
     if isinstance(value, (list, tuple)):
         if len(value) != num_layers:
             raise ValueError(f"{name}: expected one value or {num_layers}, got {len(value)}")
         return tuple(value)
-    return (value,) * num_layers  # type: ignore[return-value]
+    return (value,) * num_layers
 
 
 def tensor(
@@ -41,7 +39,8 @@ def tensor(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """A tensor of the given shape (names in `shape` match any size) whose last dimension is contiguous."""
+    """A tensor of the given shape (names in `shape` match any size) whose last dimension is
+    contiguous."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     expected = ", ".join(str(size) for size in shape)
@@ -55,5 +54,7 @@ def tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
     if value.shape[-1] > 1 and value.stride(-1) != 1:
-        raise ValueError(f"{name}: expected a contiguous last dimension, got stride {value.stride(-1)}")
+        raise ValueError(
+            f"{name}: expected a contiguous last dimension, got stride {value.stride(-1)}"
+        )
     return value

@@ -10,6 +10,7 @@ import torch
 from fork_attn import _C, _env, checks
 from fork_attn.errors import Unsupported
 from fork_attn.plan import Plan
+from fork_attn.storage import paged_argument
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "flash_attn", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "cpu", "triton", "cuda", "flash_attn", "reference")
@@ -19,11 +20,12 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _library = torch.library.Library("fork_attn", "DEF")
 _library.define(
-    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor plan, float softmax_scale, float softcap, "
-    "Tensor? sinks) -> (Tensor, Tensor)"
+    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor plan, float softmax_scale, "
+    "float softcap, Tensor? sinks) -> (Tensor, Tensor)"
 )
 _library.define(
-    "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()"
+    "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) "
+    "-> ()"
 )
 _library.define("merge_states(Tensor out, Tensor lse) -> (Tensor, Tensor)")
 
@@ -40,18 +42,20 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend == "auto":
         backend = _env.default_backend()
         if backend not in BACKENDS:
-            raise ValueError(f"FORK_ATTN_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+            raise ValueError(
+                f"FORK_ATTN_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}"
+            )
     if backend == "auto":
         backend = "cpu"
     if backend not in AVAILABLE:
-        raise Unsupported(f"backend {backend!r} is not part of this version; it has {', '.join(AVAILABLE)}")
+        raise Unsupported(
+            f"backend {backend!r} is not part of this version; it has {', '.join(AVAILABLE)}"
+        )
     if backend == "cpu" and device.type not in ("cpu", "meta"):
-        raise Unsupported(f"backend 'cpu' cannot attend on device {device}; no GPU backend is part of this version")
+        raise Unsupported(
+            f"backend 'cpu' cannot attend on {device}; no GPU backend is part of this version"
+        )
     return backend
-
-
-def _paged(t: torch.Tensor) -> tuple[int, int, int, int]:
-    return (t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
 
 
 def _rows(t: torch.Tensor) -> tuple[int, int, int]:
@@ -74,8 +78,8 @@ def _tree_attention_cpu(
     _C.tree_attention_cpu(
         plan.data_ptr(),
         _rows(q),
-        _paged(k_cache),
-        _paged(v_cache),
+        paged_argument(k_cache),
+        paged_argument(v_cache),
         _rows(out),
         lse.data_ptr(),
         0 if sinks is None else sinks.data_ptr(),
@@ -104,12 +108,16 @@ def _tree_attention_fake(
 
 
 def _store_kv_cpu(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     for rows, cache in ((k, k_cache), (v, v_cache)):
         _C.store_kv_cpu(
             _rows(rows),
-            _paged(cache),
+            paged_argument(cache),
             slot_mapping.data_ptr(),
             rows.shape[0],
             rows.shape[1],
@@ -120,7 +128,11 @@ def _store_kv_cpu(
 
 
 def _store_kv_fake(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     return None
 
@@ -166,23 +178,28 @@ def tree_attention(
     sinks: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every query row over the slots that the plan lets it see; shared slots are read once.
+    """Attention of every query row over the slots that the plan lets it see; shared slots are read
+    once.
 
-    Scores are q . k * softmax_scale, then the softcap, then the mask, then the softmax, accumulated in fp32 and merged
-    over work items by their log-sum-exps (FlashAttention-2, arXiv 2307.08691).
+    Scores are q . k * softmax_scale, then the softcap, then the mask, then the softmax, accumulated
+    in fp32 and merged over work items by their log-sum-exps (FlashAttention-2, arXiv 2307.08691).
 
     Args:
         q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16.
-        k_cache: (num_pages, page_size, num_kv_heads, head_dim), the dtype of `q`; any strides, last dimension contiguous.
+        k_cache: (num_pages, page_size, num_kv_heads, head_dim), the dtype of `q`; any strides, last
+            dimension contiguous.
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise.
         plan: of the open step, for this layer's sliding window and GQA group.
         softmax_scale: None means head_dim ** -0.5.
         softcap: scores become softcap * tanh(score / softcap); None means no cap.
-        sinks: (num_q_heads,) fp32 logits that join each row's softmax without a value (attention sinks, gpt-oss).
-        backend: "auto", "cpu" or "reference" (float64, slow). `FORK_ATTN_BACKEND` sets what "auto" means.
+        sinks: (num_q_heads,) fp32 logits that join each row's softmax without a value (attention
+            sinks, gpt-oss).
+        backend: "auto", "cpu" or "reference" (float64, slow). `FORK_ATTN_BACKEND` sets what "auto"
+            means.
 
     Returns:
-        (out, lse): (T, num_q_heads, head_dim_v) in the dtype of `q`, and (T, num_q_heads) fp32, natural log, sinks
+        (out, lse): (T, num_q_heads, head_dim_v) in the dtype of `q`, and (T, num_q_heads) fp32,
+            natural log, sinks
         included. A row that sees nothing has out 0 and lse -inf (with sinks: lse = sink).
 
     Raises:
@@ -197,13 +214,17 @@ def tree_attention(
         raise TypeError(f"q: expected dtype float32, bfloat16 or float16, got {q.dtype}")
     num_q_heads, head_dim = q.shape[1], q.shape[2]
     if num_q_heads % plan.group:
-        raise ValueError(f"q: expected a multiple of the plan's group {plan.group} heads, got {num_q_heads}")
+        raise ValueError(
+            f"q: expected a multiple of the plan's group {plan.group} heads, got {num_q_heads}"
+        )
     paged = ("num_pages", plan.page_size, num_q_heads // plan.group)
     checks.tensor("k_cache", k_cache, shape=(*paged, head_dim), dtype=q.dtype, device=q.device)
     checks.tensor("v_cache", v_cache, shape=(*paged, "head_dim_v"), dtype=q.dtype, device=q.device)
     if min(k_cache.shape[0], v_cache.shape[0]) < plan.page_limit:
         got = f"{k_cache.shape[0]} and {v_cache.shape[0]}"
-        raise ValueError(f"k_cache, v_cache: expected at least the plan's {plan.page_limit} pages, got {got}")
+        raise ValueError(
+            f"k_cache, v_cache: expected at least the plan's {plan.page_limit} pages, got {got}"
+        )
     if sinks is not None:
         checks.tensor("sinks", sinks, shape=(num_q_heads,), dtype=torch.float32, device=q.device)
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
@@ -223,14 +244,16 @@ def tree_attention(
 
 
 def merge_states(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merges attention states over disjoint sets of keys into the state over their union, in index order.
+    """Merges attention states over disjoint sets of keys into the state over their union, in index
+    order.
 
     Args:
         out: (num_states, T, num_heads, head_dim_v), any of fp32, bf16, fp16; accumulated in fp32.
         lse: (num_states, T, num_heads) fp32, natural log; -inf marks an empty state.
 
     Returns:
-        (T, num_heads, head_dim_v) in the dtype of `out` and (T, num_heads) fp32. Where all states are empty: 0, -inf.
+        (T, num_heads, head_dim_v) in the dtype of `out` and (T, num_heads) fp32. Where all states
+        are empty: 0, -inf.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device is off.
@@ -240,6 +263,8 @@ def merge_states(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, to
     if out.dtype not in _DTYPES:
         raise TypeError(f"out: expected dtype float32, bfloat16 or float16, got {out.dtype}")
     if out.device.type != "cpu":
-        raise Unsupported(f"merge_states on device {out.device}: no GPU backend is part of this version")
+        raise Unsupported(
+            f"merge_states on device {out.device}: no GPU backend is part of this version"
+        )
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fork_attn.merge_states(out, lse)
     return result

@@ -5,8 +5,16 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
+
+from fork_attn import _C
+
+if TYPE_CHECKING:
+    from fork_attn.storage import Layer
+
+MAX_BLOCK_ROWS = 128  # rows (tokens x group) of one row block
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,9 @@ class Plan:
 
     buffer: torch.Tensor = field(repr=False)  # (words,) int64, the format of csrc/core/plan.h
     counts: dict[str, int]
-    item_pairs: tuple[int, ...] = field(repr=False)  # (query row, slot) pairs that each item computes
+    item_pairs: tuple[int, ...] = field(
+        repr=False
+    )  # (query row, slot) pairs that each item computes
     shape: PlanShape
     group: int  # query heads per KV head
     page_size: int
@@ -102,3 +112,26 @@ class Plan:
     def num_items(self) -> int:
         """Number of work items: a row block and consecutive runs."""
         return self.counts["num_items"]
+
+
+def build_plan(
+    core: _C.CacheCore, layer: Layer, page_size: int, dtype: torch.dtype, num_workers: int
+) -> Plan:
+    """The plan of the core's open step for one layer and all that share its window and group."""
+    data = core.build_plan(layer.window or 0, layer.group, MAX_BLOCK_ROWS)
+    return Plan(
+        torch.frombuffer(data, dtype=torch.int64),
+        data.counts,
+        tuple(data.item_pairs),
+        PlanShape(
+            num_q_heads=layer.num_q_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            head_dim_v=layer.head_dim_v,
+            itemsize=dtype.itemsize,
+        ),
+        group=layer.group,
+        page_size=page_size,
+        page_limit=data.page_limit,
+        num_workers=num_workers,
+    )

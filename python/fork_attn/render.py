@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 def render_cache(cache: ForkedKVCache) -> str:
-    """One line for the pool, then one per live branch, indented below the branch that it was forked from."""
+    """One line for the pool, then one per live branch, indented below the branch that it was forked
+    from."""
     s = cache.stats()
     lines = [
         f"{s.pages_live}/{s.pages_total} pages of {cache.page_size} live, {s.pages_shared} shared, "

@@ -1,4 +1,5 @@
-"""Step: one model forward for any set of branches, reserved at once, committed or rolled back as a whole."""
+"""Step: one model forward for any set of branches, reserved at once, committed or rolled back as a
+whole."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from fork_attn.errors import StalePlan
-from fork_attn.plan import Plan
+from fork_attn.plan import Plan, build_plan
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -36,15 +37,18 @@ class Draft:
             raise TypeError(f"parents: expected a sequence of ints, got {self.parents!r}") from None
         for i, parent in enumerate(parents):
             if not -1 <= parent < i:
-                raise ValueError(f"parents: expected -1 <= parents[i] < i, got parents[{i}] = {parent}")
+                raise ValueError(
+                    f"parents: expected -1 <= parents[i] < i, got parents[{i}] = {parent}"
+                )
         object.__setattr__(self, "parents", parents)
 
 
 class Step:
     """Slots for new tokens of some branches, and the plan that every layer's attention follows.
 
-    Made by `ForkedKVCache.step`. As a context manager it commits on leaving and rolls back on an exception. T is the
-    number of its tokens (rows), n of its branches; rows stand in the order of the mapping it was made from.
+    Made by `ForkedKVCache.step`. As a context manager it commits on leaving and rolls back on an
+    exception. T is the number of its tokens (rows), n of its branches; rows stand in the order of
+    the mapping it was made from.
 
     Attributes:
         branches: the n branches, in row order.
@@ -53,7 +57,8 @@ class Step:
         position_ids: (T,) int64, position of each row.
         slot_mapping: (T,) int64, where each row's K and V go: page * page_size + slot.
         cu_seqlens_q: (n+1,) int32, each branch's first row, and T.
-        seqlens_k: (n,) int32, tokens that each branch sees once the step commits (all of a draft's counted).
+        seqlens_k: (n,) int32, tokens that each branch sees once the step commits (all of a draft's
+            counted).
         last_indices: (n,) int64, each branch's last row.
     """
 
@@ -64,13 +69,15 @@ class Step:
     def __init__(self, cache: ForkedKVCache, branches: tuple[Branch, ...], num_tokens: int) -> None:
         n = len(branches)
         self._cache = cache
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self._plans: dict[tuple[int | None, int], Plan] = {}
         self.branches = branches
         self.num_tokens = num_tokens
         self.state = "open"
         wide = torch.empty(2 * num_tokens + n, dtype=torch.int64)
         narrow = torch.empty(2 * n + 1, dtype=torch.int32)
-        self.position_ids, self.slot_mapping, self.last_indices = wide.split((num_tokens, num_tokens, n))
+        self.position_ids, self.slot_mapping, self.last_indices = wide.split(
+            (num_tokens, num_tokens, n)
+        )
         self.cu_seqlens_q, self.seqlens_k = narrow.split((n + 1, n))
         cache._core.fill_step(
             self.position_ids.data_ptr(),
@@ -88,7 +95,10 @@ class Step:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.state != "open":
             return
@@ -107,7 +117,8 @@ class Step:
         return self.plan_for(0)
 
     def plan_for(self, layer_idx: int) -> Plan:
-        """The plan of a layer: one for each distinct sliding window and GQA group, built on first use.
+        """The plan of a layer: one for each distinct sliding window and GQA group, built on first
+        use.
 
         Raises:
             ValueError: no such layer.
@@ -117,21 +128,25 @@ class Step:
         key = (layer.window, layer.group)
         if key not in self._plans:
             self._require_open("plan_for")
-            self._plans[key] = self._cache._build_plan(layer)
+            cache = self._cache
+            self._plans[key] = build_plan(
+                cache._core, layer, cache.page_size, cache.dtype, cache.num_workers
+            )
         return self._plans[key]
 
     def accept(self, path: Sequence[int], branch: Branch | None = None) -> None:
         """Keeps the draft tokens `path` of a branch when the step commits; all others are dropped.
 
-        At most the part of the path that does not lie in place yet is moved, once, in every layer. A draft that
-        nobody accepts is dropped whole.
+        At most the part of the path that does not lie in place yet is moved, once, in every layer.
+        A draft that nobody accepts is dropped whole.
 
         Args:
             path: draft tokens from the branch's end on, each the parent of the next; may be empty.
             branch: whose draft; not needed where the step has one draft only.
 
         Raises:
-            ValueError: no chain of the draft, or accepted before; or `branch` does not draft in this step.
+            ValueError: no chain of the draft, or accepted before; or `branch` does not draft in
+                this step.
             StalePlan: the step is closed.
         """
         self._require_open("accept")
@@ -154,8 +169,11 @@ class Step:
             StalePlan: the step is closed.
         """
         self._require_open("commit")
-        self._cache._move_accepted()
-        self._cache._core.commit_step()
+        core = self._cache._core
+        moves = core.step_moves()
+        if moves:
+            self._cache._storage.move_slots(moves)
+        core.commit_step()
         self.state = "committed"
 
     def rollback(self) -> None:

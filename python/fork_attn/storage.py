@@ -1,17 +1,23 @@
-"""Where one layer's K and V live."""
+"""Where K and V live: one paged tensor each per layer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar, Union
 
 import torch
 
-from fork_attn import _C
+from fork_attn import _C, checks
+
+T = TypeVar("T")
+PerLayer = Union[T, Sequence[T]]  # noqa: UP007 - a generic alias must exist at run time
+"""One value for every layer, or a sequence with one value per layer."""
 
 
 @dataclass
 class Layer:
-    """Shape and storage of one layer. Storage keeps one head's page contiguous: (num_pages, heads, page_size, dim)."""
+    """Shape and storage of one layer."""
 
     index: int
     num_q_heads: int
@@ -19,7 +25,8 @@ class Layer:
     head_dim: int
     head_dim_v: int
     window: int | None
-    k_cache: torch.Tensor | None = None  # (num_pages, page_size, num_kv_heads, head_dim) views of the storage
+    # (num_pages, page_size, num_kv_heads, dim) views; in memory one head's page is contiguous.
+    k_cache: torch.Tensor | None = None
     v_cache: torch.Tensor | None = None
 
     @property
@@ -27,38 +34,146 @@ class Layer:
         """Query heads per KV head."""
         return self.num_q_heads // self.num_kv_heads
 
-    def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
-        """Bytes of K and V in one page."""
-        return page_size * self.num_kv_heads * (self.head_dim + self.head_dim_v) * dtype.itemsize
-
-    def allocate(self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Reserves the layer's memory; its contents are undefined."""
-        self.k_cache, self.v_cache = (
-            torch.empty((num_pages, self.num_kv_heads, page_size, dim), dtype=dtype, device=device).transpose(1, 2)
-            for dim in (self.head_dim, self.head_dim_v)
-        )
-
-    def copy_pages(self, src: torch.Tensor, dst: torch.Tensor) -> None:
-        """Copies pages src[i] to dst[i], (count,) int32 each (copy-on-write)."""
-        for cache in self._caches():
-            _C.copy_pages_cpu(
-                *self._paged(cache), src.data_ptr(), dst.data_ptr(), len(src), *self._page_shape(cache)
-            )
-
-    def move_slots(self, src: torch.Tensor, dst: torch.Tensor) -> None:
-        """Moves slots src[i] to dst[i], (count,) int64 each; all are read before any is written."""
-        for cache in self._caches():
-            _C.move_slots_cpu(
-                *self._paged(cache), src.data_ptr(), dst.data_ptr(), len(src), *self._page_shape(cache)
-            )
-
-    def _caches(self) -> list[torch.Tensor]:
+    def caches(self) -> list[torch.Tensor]:
+        """K and V, or nothing before the layer has memory."""
         return [cache for cache in (self.k_cache, self.v_cache) if cache is not None]
 
-    @staticmethod
-    def _paged(cache: torch.Tensor) -> tuple[tuple[int, int, int, int]]:
-        return ((cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)),)
 
-    @staticmethod
-    def _page_shape(cache: torch.Tensor) -> tuple[int, int, int, int]:
-        return (cache.shape[1], cache.shape[2], cache.shape[3], cache.element_size())
+class KVStorage:
+    """K and V of all layers.
+
+    Args:
+        layers: their shapes.
+        num_pages, page_size, dtype, device: as in `ForkedKVCache`.
+        lazy: a layer takes memory at its first write, in the shapes that arrive then (tensor
+            parallel ranks know their share of the heads only there); otherwise at once.
+    """
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        lazy: bool,
+    ) -> None:
+        self.layers = layers
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.dtype = dtype
+        self.device = device
+        if not lazy:
+            for layer in layers:
+                self._allocate(layer)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of K and V in one page, all layers together."""
+        widths = (x.num_kv_heads * (x.head_dim + x.head_dim_v) for x in self.layers)
+        return self.page_size * self.dtype.itemsize * sum(widths)
+
+    def fit(self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Gives a layer its memory, in the shapes of its first q, k and v (T, heads, dim).
+
+        Raises:
+            ValueError, TypeError: not three such tensors, or another GQA group than was announced.
+        """
+        if layer.k_cache is not None:
+            return
+        for name, value in (("q", q), ("k", k), ("v", v)):
+            shape = ("T", "num_heads", "head_dim")
+            checks.tensor(name, value, shape=shape, dtype=self.dtype, device=self.device)
+        group, rest = divmod(q.shape[1], k.shape[1])
+        if rest or group != layer.group:
+            raise ValueError(
+                f"q: expected {layer.group} query heads per KV head in layer {layer.index}, "
+                f"got {q.shape[1]} over {k.shape[1]}"
+            )
+        layer.num_q_heads, layer.num_kv_heads = q.shape[1], k.shape[1]
+        layer.head_dim, layer.head_dim_v = k.shape[2], v.shape[2]
+        self._allocate(layer)
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies whole pages (from, to) in every layer (copy-on-write)."""
+        src, dst = torch.tensor(copies, dtype=torch.int32).t().contiguous()
+        for cache in self._caches():
+            _C.copy_pages_cpu(
+                paged_argument(cache), src.data_ptr(), dst.data_ptr(), len(src), *_page_shape(cache)
+            )
+
+    def move_slots(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Moves slots (from, to) in every layer; all are read before any is written."""
+        src, dst = torch.tensor(moves, dtype=torch.int64).t().contiguous()
+        for cache in self._caches():
+            _C.move_slots_cpu(
+                paged_argument(cache), src.data_ptr(), dst.data_ptr(), len(src), *_page_shape(cache)
+            )
+
+    def _allocate(self, layer: Layer) -> None:
+        layer.k_cache, layer.v_cache = (
+            torch.empty(
+                (self.num_pages, layer.num_kv_heads, self.page_size, dim),
+                dtype=self.dtype,
+                device=self.device,
+            ).transpose(1, 2)
+            for dim in (layer.head_dim, layer.head_dim_v)
+        )
+
+    def _caches(self) -> list[torch.Tensor]:
+        if self.device.type == "meta":
+            return []
+        return [cache for layer in self.layers for cache in layer.caches()]
+
+
+def paged_argument(cache: torch.Tensor) -> tuple[int, int, int, int]:
+    """A paged tensor as the kernels take it: pointer, and strides of page, slot and head."""
+    return (cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2))
+
+
+def _page_shape(cache: torch.Tensor) -> tuple[int, int, int, int]:
+    return (cache.shape[1], cache.shape[2], cache.shape[3], cache.element_size())
+
+
+def make_layers(
+    num_layers: int,
+    num_q_heads: PerLayer[int],
+    num_kv_heads: PerLayer[int],
+    head_dim: PerLayer[int],
+    head_dim_v: PerLayer[int],
+    sliding_window: PerLayer[int | None],
+) -> list[Layer]:
+    """The layers of a cache, checked. See `ForkedKVCache` for the arguments.
+
+    Raises:
+        ValueError, TypeError: a size is off, or a sequence has not one value per layer.
+    """
+    sizes = {
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
+    }
+    columns: list[list[int]] = [
+        [
+            checks.integer(name, size, low=1, high=2**16)
+            for size in checks.per_layer(name, value, num_layers)
+        ]
+        for name, value in sizes.items()
+    ]
+    windows: list[int | None] = [
+        None if window is None else checks.integer("sliding_window", window, low=1)
+        for window in checks.per_layer("sliding_window", sliding_window, num_layers)
+    ]
+    layers = [
+        Layer(i, *(column[i] for column in columns), window=window)  # type: ignore[misc]
+        for i, window in enumerate(windows)
+    ]
+    for layer in layers:
+        if layer.num_q_heads % layer.num_kv_heads:
+            raise ValueError(
+                f"num_q_heads: expected a multiple of num_kv_heads {layer.num_kv_heads}, "
+                f"got {layer.num_q_heads}"
+            )
+    return layers

@@ -1,7 +1,7 @@
 """Forked KV caches for Hugging Face transformers models.
 
-`attach` gives a model a `ForkedKVCache`; `forward` and `join` run and merge branches; `ForkCache` lets
-plain `model.generate` decode over it.
+`attach` gives a model a `ForkedKVCache`; `forward` and `join` run and merge branches; `ForkCache`
+lets plain `model.generate` decode over it.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ _MEDIA_ARGUMENTS = ("pixel_values", "image", "video", "audio", "input_features")
 class _Hooks:
     """One pair of hooks, shared by a model and its decoder.
 
-    The first of the two that is called with a ForkCache opens the step; the inner one finds it among
-    its arguments and leaves it alone.
+    The first of the two that is called with a ForkCache opens the step; the inner one finds it
+    among its arguments and leaves it alone.
     """
 
     def __init__(self, link: Link) -> None:
@@ -43,7 +43,7 @@ class _Hooks:
         fork_cache: ForkCache = kwargs["past_key_values"]
         if fork_cache.cache is not self._link.cache:
             raise ForeignBranch(
-                f"past_key_values: the ForkCache belongs to another cache than the one that "
+                "past_key_values: the ForkCache belongs to another cache than the one that "
                 f"{self._link.model_name} was attached to"
             )
         forward_pass, position_ids = fork_cache._begin(self._link, _call(module, kwargs))

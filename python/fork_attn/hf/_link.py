@@ -23,7 +23,7 @@ class Link:
         sliding_windows: per layer the window in tokens, or None.
         kv_dtype: the dtype of stored keys and values.
         cast: True if kv_dtype was asked for and is not the model's own dtype.
-        vocab_size: number of rows of the input embedding.
+        vocab_size: number of token ids.
         keeps_logits: True if the model's forward takes `logits_to_keep`.
     """
 

@@ -1,4 +1,4 @@
-"""What a transformers model's config says about its attention layers, and what fork-attn refuses."""
+"""What a model's config says about its attention layers, and which models are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fork_attn.errors import Unsupported
 
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"})
-# Their frequencies follow the longest sequence of the batch, so that one branch would turn the others.
+# Their frequencies follow the longest sequence of the batch: one branch would turn the others.
 _BATCH_WIDE_ROPE = frozenset({"dynamic", "longrope"})
 
 

@@ -34,8 +34,8 @@ class ForwardPass:
         step: the open step, or None if every token of the batch is padding.
         stored: (num_tokens,) int64, the rows of the flattened batch that the step stores; None if
             it stores all of them in order.
-        source: (batch * seq,) int64, for each row of the flattened batch the step's row whose output
-            it takes, `num_tokens` meaning zeros; None with `stored`.
+        source: (batch * seq,) int64, for each row of the flattened batch the step's row whose
+            output it takes, `num_tokens` meaning zeros; None with `stored`.
         owner: the module whose forward closes this pass, or None if the caller closes the step.
         on_commit, on_abort: run after the step is committed or rolled back.
     """
@@ -94,8 +94,9 @@ class ForwardPass:
         missing = sorted(set(range(self.link.num_layers)) - self._attended)
         if missing:
             raise Unsupported(
-                f"model: {self.link.model_name} does not hand the keyword argument {FORK_STEP!r} to "
-                f"the attention of layers {missing}; fork-attn needs it in every layer"
+                f"model: the attention of layers {missing} of {self.link.model_name} ran without "
+                f"the cache: the model does not hand on the keyword argument {FORK_STEP!r}, or its "
+                "attention implementation was changed after attach"
             )
 
     def commit(self) -> None:

@@ -14,7 +14,7 @@ from fork_attn.errors import StaleBranch, Unsupported
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """A branch and its padding: ranges [start, end) of the batch's columns that it does not store."""
+    """A branch, and its padding: ranges [start, end) of the batch's columns not stored."""
 
     branch: Branch
     padding: list[tuple[int, int]] = field(default_factory=list)
@@ -114,18 +114,18 @@ def leaders(flags: Tensor, comparable_ids: Tensor | None) -> list[int]:
     ]
 
 
-def flatten(flags: Tensor, lead: list[int]) -> tuple[Tensor | None, Tensor | None]:
+def flatten(flags: Tensor, lead: list[int]) -> tuple[Tensor, Tensor] | None:
     """Index tensors between the padded batch and the step's rows, as in `ForwardPass`.
 
     Returns:
-        stored (num_tokens,) and source (batch * seq,), int64; None and None if the step's rows are
-        the batch's, in order.
+        stored (num_tokens,) and source (batch * seq,), int64; None if the step's rows are the
+        batch's, in order.
     """
     batch, seq = flags.shape
     leader = torch.tensor(lead)
     leads = leader == torch.arange(batch)
     if bool(flags.all()) and bool(leads.all()):
-        return None, None
+        return None
     stored = (flags & leads[:, None]).flatten().nonzero().squeeze(1)
     source = torch.full((batch * seq,), stored.numel())
     source[stored] = torch.arange(stored.numel())

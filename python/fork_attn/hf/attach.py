@@ -75,7 +75,8 @@ def attach(
     modules = list(dict.fromkeys([model, model.get_decoder()]))
     if any(_link.is_attached(module) for module in modules):
         raise ValueError(f"model: {type(model).__name__} is attached already")
-    shapes = layer_shapes(model.config.get_text_config(decoder=True))
+    text_config = model.config.get_text_config(decoder=True)
+    shapes = layer_shapes(text_config)
     kv_dtype = model.dtype if dtype is None else dtype
     cache = ForkedKVCache._lazy(
         num_layers=shapes.num_layers,
@@ -99,7 +100,7 @@ def attach(
         sliding_windows=tuple(shapes.sliding_window),
         kv_dtype=kv_dtype,
         cast=kv_dtype != model.dtype,
-        vocab_size=model.get_input_embeddings().num_embeddings,
+        vocab_size=text_config.vocab_size,
         keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
     )
     install_hooks(modules, link)

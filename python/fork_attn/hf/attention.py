@@ -62,8 +62,8 @@ def fork_attention(
     window = kwargs.get("sliding_window", planned)
     if window != planned:
         raise ValueError(
-            f"sliding_window: layer {layer_idx} of {fork_step.link.model_name} asks for {window}, its "
-            f"config announced {planned}"
+            f"sliding_window: layer {layer_idx} of {fork_step.link.model_name} asks for {window}, "
+            f"its config announced {planned}"
         )
     options = {
         "softmax_scale": scaling,

@@ -43,9 +43,10 @@ class ForkCache(Cache):
     """Lets an attached model's `generate` and `forward` run over branches, one a row of the batch.
 
     A row has a column for every token that the model was given, padding included, so that stock
-    attention masks fit; padding is not stored. Rows that start with the same tokens share them:
-    beams and `num_return_sequences` keep one copy of their prompt. Positions are the branches' own.
-    Like any Cache it serves one call at a time.
+    attention masks fit; padding is not stored. Rows of the first batch with the same tokens store
+    them once: beams and `num_return_sequences` keep one copy of their prompt (of its first chunk,
+    if it is fed in chunks). Positions are the branches' own. A mask can pad, it cannot hide tokens
+    that are stored. Images and other media are refused.
 
     Args:
         cache: the cache that `fork_attn.hf.attach` returned.
@@ -200,75 +201,66 @@ class ForkCache(Cache):
         if self._freed:
             raise StaleBranch("past_key_values: this ForkCache was freed")
         self._fit_rows()
-        flags = new_columns(
-            call.attention_mask, self._rows, self._columns, call.batch, call.seq
-        )
-        fresh = self._rows is None
-        lead = leaders(flags, call.comparable_ids if fresh else None)
-        # A row that follows another has no branch until the leader's tokens are committed.
-        rows = self._rows or [
-            Row(self.cache.new_branch()) if lead[i] == i else None for i in range(call.batch)
-        ]
+        flags = new_columns(call.attention_mask, self._rows, self._columns, call.batch, call.seq)
+        lead = leaders(flags, call.comparable_ids if self._rows is None else None)
+        fresh = {i: Row(self.cache.new_branch()) for i in set(lead)} if self._rows is None else {}
         try:
-            forward_pass, position_ids = self._open(link, call, rows, flags, lead)
+            forward_pass, position_ids = self._open(link, call, flags, lead, fresh)
         except BaseException:
-            self._discard(rows if fresh else [])
+            self._discard(fresh)
             raise
         self._activate(forward_pass)
         return forward_pass, position_ids
 
     def _open(
-        self, link: Link, call: Call, rows: list[Row | None], flags: Tensor, lead: list[int]
+        self, link: Link, call: Call, flags: Tensor, lead: list[int], fresh: dict[int, Row]
     ) -> tuple[ForwardPass, Tensor]:
+        """Opens the step; `fresh` holds the rows of the first batch that lead."""
+        rows = fresh or dict(enumerate(self._rows or ()))
         counts: list[int] = flags.sum(1).tolist()
-        tokens = {
-            row.branch: count
-            for row, count in zip(rows, counts, strict=True)
-            if row is not None and count > 0
-        }
-        stored, source = flatten(flags, lead)
-        held = [row.num_stored(self._columns) for row in self._rows or ()] or [0] * call.batch
+        tokens = {rows[i].branch: counts[i] for i in sorted(rows) if counts[i] > 0}
         step = self.cache.step(tokens) if tokens else None
         try:
             positions = torch.zeros(0, dtype=torch.int64) if step is None else step.position_ids
             positions = positions.to(call.device)
-            if source is not None:
-                stored, source = stored.to(call.device), source.to(call.device)
-                positions = torch.cat([positions, positions.new_zeros(1)])[source]
+            index = flatten(flags, lead)
+            if index is not None:
+                index = tuple(x.to(call.device) for x in index)
+                positions = torch.cat([positions, positions.new_zeros(1)])[index[1]]
             positions = positions.view(call.batch, call.seq)
+            held = [rows[i].num_stored(self._columns) for i in lead]
             check_positions(call.position_ids, positions, flags, held)
         except BaseException:
             if step is not None:
                 step.rollback()
             raise
-        fresh = self._rows is None
+        stored, source = index or (None, None)
         forward_pass = ForwardPass(link, step, stored, source)
         forward_pass.on_commit = lambda: self._commit_rows(rows, flags, lead)
-        forward_pass.on_abort = lambda: self._discard(rows if fresh else [])
+        forward_pass.on_abort = lambda: self._discard(fresh)
         return forward_pass, positions
 
     def _activate(self, forward_pass: ForwardPass) -> None:
         # Weak, so that a pass whose call was interrupted dies with it and rolls back.
         self._pass = weakref.ref(forward_pass)
 
-    def _commit_rows(self, rows: list[Row | None], flags: Tensor, lead: list[int]) -> None:
+    def _commit_rows(self, rows: dict[int, Row], flags: Tensor, lead: list[int]) -> None:
+        """Takes in the new columns; a row that follows another forks from it only now."""
         self._pass = None
-        for i, row in enumerate(rows):
-            if row is not None:
-                row.append(self._columns, flags[i])
-        followers = {i: [j for j, k in enumerate(lead) if k == i and j != i] for i in lead}
-        for i, others in followers.items():
-            for j, copy in zip(others, rows[i].fork(len(others)), strict=True):
-                rows[j] = copy
-        self._rows = rows
+        for i, row in rows.items():
+            row.append(self._columns, flags[i])
         self._columns += flags.shape[1]
+        if self._rows is None:
+            copies = {i: iter(row.fork(lead.count(i) - 1)) for i, row in rows.items()}
+            self._rows = [rows[k] if k == i else next(copies[k]) for i, k in enumerate(lead)]
 
-    def _discard(self, rows: list[Row | None]) -> None:
+    def _discard(self, fresh: dict[int, Row]) -> None:
         self._pass = None
-        self.cache.free([row.branch for row in rows if row is not None])
+        if fresh:
+            self.cache.free([row.branch for row in fresh.values()])
 
     def _fit_rows(self) -> None:
-        """Takes in what happened to the branches outside: shorter rows count as padded on the left."""
+        """Takes in what happened to the branches outside: a shorter row is padded on the left."""
         rows = [row for row in self._rows or () if row.branch.alive]
         if any(row.branch.length != row.num_stored(self._columns) for row in rows):
             self._columns = max(row.branch.length for row in rows)

@@ -1,0 +1,176 @@
+"""The machine's roofs, and rival attention kernels on shared-prefix decode: what there is to beat.
+
+Run by `make gpu`. `--dry` runs small shapes on the CPU, to try this program where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cases import DRY_CASES, GPU_CASES, Case, PagedInputs
+from machine import clocks, commit, machine, versions
+from rivals import RIVALS, Absent, prepare
+from timing import Times, measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of results")
+    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each kernel")
+    parser.add_argument("--dry", action="store_true", help="small shapes on the CPU")
+    args = parser.parse_args()
+    if not args.dry and not torch.cuda.is_available():
+        parser.error("no CUDA device here; --dry runs small shapes on the CPU")
+    device = torch.device("cpu" if args.dry else "cuda")
+
+    before = clocks()
+    roofs = measure_roofs(device, args.rounds)
+    report = {
+        "what": "baseline",
+        "dry": args.dry,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "clocks_before": before,
+        "roofs": roofs,
+        "dense_attention": measure_dense_attention(device, args.rounds),
+        "shared_prefix_decode": [
+            measure_case(case, device, args.rounds, roofs["copy_bytes_per_second"])
+            for case in (DRY_CASES if args.dry else GPU_CASES)
+        ],
+        "clocks_after": clocks(),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"baseline-{_slug(report)}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten to {path}")
+
+
+def _slug(report: dict[str, Any]) -> str:
+    if report["dry"]:
+        return "dry"
+    return str(report["machine"]["gpu"]["name"]).lower().replace(" ", "-")
+
+
+def measure_roofs(device: torch.device, rounds: int) -> dict[str, float]:
+    """Bandwidth of a copy (bytes read and written) and of a read, and the dense bf16 matmul rate."""
+    dry = device.type == "cpu"
+    source = torch.randn((1 << 20) if dry else (1 << 29), device=device)
+    target = torch.empty_like(source)
+    size = 256 if dry else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = measure(
+        {
+            "copy": lambda: target.copy_(source),
+            "read": lambda: source.sum(),
+            "matmul": lambda: a @ b,
+        },
+        device,
+        rounds,
+    )
+    num_bytes = source.numel() * source.element_size()
+    roofs = {
+        "copy_bytes_per_second": 2 * num_bytes / times["copy"].median,
+        "read_bytes_per_second": num_bytes / times["read"].median,
+        "matmul_bf16_flops_per_second": 2 * size**3 / times["matmul"].median,
+    }
+    for name, value in roofs.items():
+        print(f"{name:<32}{value / 1e12:10.3f} T/s", flush=True)
+    return roofs
+
+
+def measure_dense_attention(device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Prefill rates, bf16, 32 query and 8 KV heads of 128: the compute roof of attention."""
+    results = []
+    for length in (128,) if device.type == "cpu" else (4096, 16384):
+        for causal in (False, True):
+            q, k, v = (
+                torch.randn(1, length, heads, 128, device=device, dtype=torch.bfloat16)
+                for heads in (32, 8, 8)
+            )
+            calls, absent = _dense_calls(q, k, v, causal)
+            flops = 4 * length * length * 32 * 128 * (0.5 if causal else 1.0)
+            row: dict[str, Any] = {"length": length, "causal": causal, "absent": absent}
+            for name, times in measure(calls, device, rounds).items():
+                row[name] = {**asdict(times), "flops_per_second": flops / times.median}
+                print(
+                    f"dense attention {length} causal={causal!s:<6}{name:<8}"
+                    f"{flops / times.median / 1e12:8.1f} TFLOP/s",
+                    flush=True,
+                )
+            results.append(row)
+    return results
+
+
+def _dense_calls(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    calls: dict[str, Callable[[], object]] = {
+        "sdpa": lambda: F.scaled_dot_product_attention(
+            *heads_first, is_causal=causal, enable_gqa=True
+        )
+    }
+    if q.device.type != "cuda":
+        return calls, {"fa3": "flash_attn_interface needs a CUDA device"}
+    try:
+        from flash_attn_interface import flash_attn_func
+
+        flash_attn_func(q, k, v, causal=causal)
+        torch.cuda.synchronize()
+    except Exception as error:  # a rival that cannot run is named, the others go on
+        return calls, {"fa3": f"{type(error).__name__}: {error}"}
+    calls["fa3"] = lambda: flash_attn_func(q, k, v, causal=causal)
+    return calls, {}
+
+
+def measure_case(case: Case, device: torch.device, rounds: int, bandwidth: float) -> dict[str, Any]:
+    """All rivals on one shape, in turn. `fraction_of_copy` is unique bytes / time / copy bandwidth."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    inputs = PagedInputs(case, device, dtype)
+    unique = case.unique_bytes(inputs.q.element_size())
+    calls, plans, absent = {}, {}, {}
+    for name in RIVALS:
+        try:
+            ready, plans[name] = prepare(name, inputs)
+            calls[name] = ready.run
+        except Absent as reason:
+            absent[name] = str(reason)
+    print(f"\n{case.name}: reuse {case.reuse:.1f}, unique {unique / 1e6:.1f} MB", flush=True)
+    row: dict[str, Any] = {
+        "case": case.name,
+        **asdict(case),
+        "page_size": inputs.k_cache.shape[1],
+        "dtype": str(dtype).removeprefix("torch."),
+        "reuse": case.reuse,
+        "unique_bytes": unique,
+        "rivals": {},
+        "absent": absent,
+    }
+    for name, times in measure(calls, device, rounds).items():
+        row["rivals"][name] = _result(name, times, plans[name], unique, bandwidth)
+    for name, reason in absent.items():
+        print(f"  {name:<32}absent: {reason.splitlines()[0]}", flush=True)
+    return row
+
+
+def _result(
+    name: str, times: Times, plan_seconds: float | None, unique: int, bandwidth: float
+) -> dict[str, Any]:
+    fraction = unique / times.median / bandwidth
+    plan = "" if plan_seconds is None else f"  plan {plan_seconds * 1e6:.0f} us"
+    print(f"  {name:<32}{times.median * 1e6:10.1f} us  {fraction:6.1%} of copy{plan}", flush=True)
+    return {**asdict(times), "plan_seconds": plan_seconds, "fraction_of_copy": fraction}
+
+
+if __name__ == "__main__":
+    main()

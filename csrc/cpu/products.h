@@ -1,0 +1,125 @@
+// The two matrix products of attention on fp32 tiles, in registers.
+#pragma once
+
+#include "simd.h"
+#include "tile_reader.h"
+
+namespace fork_attn::cpu {
+namespace {
+
+// Rows of the right-hand matrix: at a fixed distance, or each at its own address.
+struct StridedRows {
+  const float* base;
+  int64_t stride;
+  FORK_ATTN_INLINE const float* row(int k) const { return base + k * stride; }
+};
+
+struct ScatteredRows {
+  const float* const* rows;
+  FORK_ATTN_INLINE const float* row(int k) const { return rows[k]; }
+};
+
+// With 32 vector registers 6 x 4 accumulators fit, with 16 registers 6 x 2.
+constexpr int kBlockRows = 6;
+#if defined(__aarch64__)
+constexpr int kBlockVectors = 4;
+#else
+constexpr int kBlockVectors = kLanes == 16 ? 4 : 2;
+#endif
+
+// c = a b, or c = c * decay[row] + a b where decay is given, for kRows rows and kVectors vectors of columns.
+// The product is summed up on its own first: long contexts then lose less to rounding.
+template <int kRows, int kVectors, class Rows>
+void multiply_block(const float* a, int64_t a_stride, Rows b, int column, int depth, float* c, int64_t c_stride,
+                    const float* decay) {
+  VecF sum[kRows][kVectors] = {};
+  for (int k = 0; k < depth; ++k) {
+    const float* row = b.row(k) + column;
+    VecF right[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) right[v] = load(row + v * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const VecF left = broadcast(a[i * a_stride + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      float* p = c + i * c_stride + column + v * kLanes;
+      store(p, decay == nullptr ? sum[i][v] : load(p) * decay[i] + sum[i][v]);
+    }
+  }
+}
+
+template <int kVectors, class Rows>
+void multiply_columns(const float* a, int64_t a_stride, int num_rows, Rows b, int column, int depth, float* c,
+                      int64_t c_stride, const float* decay) {
+  for (int i = 0; i < num_rows; i += kBlockRows) {
+    const float* ai = a + i * a_stride;
+    float* ci = c + i * c_stride;
+    const float* di = decay == nullptr ? nullptr : decay + i;
+    switch (num_rows - i) {
+      case 1: multiply_block<1, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di); break;
+      case 2: multiply_block<2, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di); break;
+      case 3: multiply_block<3, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di); break;
+      case 4: multiply_block<4, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di); break;
+      case 5: multiply_block<5, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di); break;
+      default: multiply_block<kBlockRows, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di);
+    }
+  }
+}
+
+// c (num_rows x num_vectors * kLanes) = a (num_rows x depth) times b, or c * decay[row] + that product.
+template <class Rows>
+void multiply(const float* a, int64_t a_stride, int num_rows, Rows b, int depth, int num_vectors, float* c,
+              int64_t c_stride, const float* decay) {
+  int v = 0;
+  for (; v + kBlockVectors <= num_vectors; v += kBlockVectors) {
+    multiply_columns<kBlockVectors>(a, a_stride, num_rows, b, v * kLanes, depth, c, c_stride, decay);
+  }
+  for (; v + 2 <= num_vectors; v += 2) {
+    multiply_columns<2>(a, a_stride, num_rows, b, v * kLanes, depth, c, c_stride, decay);
+  }
+  if (v < num_vectors) {
+    multiply_columns<1>(a, a_stride, num_rows, b, v * kLanes, depth, c, c_stride, decay);
+  }
+}
+
+// Writes rows [0, count) of k, each `width` floats, as columns of out (width x kTileSlots). Columns up to the next
+// multiple of kLanes become copies of the last row.
+void transpose_rows(const float* const* k, int count, int width, float* out) {
+  for (int n = 0; n < count; n += kLanes) {
+    for (int d = 0; d < width; d += kLanes) {
+      VecF block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(k[n + i < count ? n + i : count - 1] + d);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(out + (d + i) * kTileSlots + n, block[i]);
+    }
+  }
+}
+
+// scores[i][n] = q[i] . k[n], by dot products: for few rows cheaper than transposing k. Columns past `count` as above.
+void dot_products(const float* q, int num_rows, int width, const float* const* k, int count, float* scores) {
+  for (int n = 0; n < count; n += kLanes) {
+    const float* rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) rows[i] = k[n + i < count ? n + i : count - 1];
+    for (int m = 0; m < num_rows; ++m) {
+      VecF sum[kLanes] = {};
+      for (int d = 0; d < width; d += kLanes) {
+        const VecF left = load(q + m * width + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) sum[i] += left * load(rows[i] + d);
+      }
+      store(scores + m * kTileSlots + n, sum_each(sum));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fork_attn::cpu

@@ -1,0 +1,93 @@
+#include "tile_reader.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace fork_attn::cpu {
+
+int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, int kv_head, int64_t begin,
+                       int64_t end)
+    : plan_(params.plan),
+      k_(params.k_cache),
+      v_(params.v_cache),
+      element_size_(element_size(params.dtype)),
+      head_k_(kv_head * params.k_cache.head_stride),
+      head_v_(kv_head * params.v_cache.head_stride),
+      run_(item.run_begin),
+      left_(end - begin),
+      j_(begin) {
+  const PlanBlock& block = plan_.blocks()[item.block];
+  block_mask_ = low_bits(block.num_tokens);
+  positions_ = plan_.positions() + block.token_begin;
+  max_position_ = *std::max_element(positions_, positions_ + block.num_tokens);
+  if (left_ <= 0) return;
+  while (j_ >= plan_.runs()[run_].num_slots) j_ -= plan_.runs()[run_++].num_slots;
+  enter_run();
+}
+
+void TileReader::enter_run() {
+  const PlanRun& run = plan_.runs()[run_];
+  const int64_t slot = run.first_slot + j_;
+  const int32_t page_size = plan_.header().page_size;
+  page_index_ = run.page_begin + static_cast<int32_t>(slot / page_size);
+  offset_ = static_cast<int32_t>(slot % page_size);
+}
+
+uint64_t TileReader::visibility(const PlanRun& run, int64_t j) const {
+  uint64_t word = run.mask & block_mask_;
+  if (run.kind & kDiagonal) {  // j < diag + t: all but the first j - diag + 1 tokens
+    const int64_t hidden = std::clamp<int64_t>(j - run.diag + 1, 0, 64);
+    word &= ~low_bits(static_cast<int>(hidden));
+  }
+  if (run.kind & kWindow) {
+    const int64_t newest = plan_.header().window + run.first_position + j;  // the first position past the window
+    if (max_position_ >= newest) {
+      for (uint64_t rest = word; rest != 0; rest &= rest - 1) {
+        if (positions_[std::countr_zero(rest)] >= newest) word &= ~(rest & -rest);
+      }
+    }
+  }
+  if (run.kind & kPerSlot) word &= plan_.words()[run.words_begin + j];
+  return word;
+}
+
+bool TileReader::next(Tile& tile) {
+  const int32_t page_size = plan_.header().page_size;
+  tile.count = 0;
+  tile.seen_by_all = block_mask_;
+  while (left_ > 0 && tile.count < kTileSlots) {
+    const PlanRun& run = plan_.runs()[run_];
+    if (j_ == run.num_slots) {
+      ++run_;
+      j_ = 0;
+      enter_run();
+      continue;
+    }
+    const int64_t page = plan_.pages()[page_index_];
+    const char* k = static_cast<const char*>(k_.data) +
+                    (page * k_.page_stride + offset_ * k_.slot_stride + head_k_) * element_size_;
+    const char* v = static_cast<const char*>(v_.data) +
+                    (page * v_.page_stride + offset_ * v_.slot_stride + head_v_) * element_size_;
+    const int64_t count = std::min<int64_t>({page_size - offset_, run.num_slots - j_, left_, kTileSlots - tile.count});
+    for (int64_t i = 0; i < count; ++i) {
+      const uint64_t word = visibility(run, j_ + i);
+      if (word == 0) continue;
+      tile.k[tile.count] = k + i * k_.slot_stride * element_size_;
+      tile.v[tile.count] = v + i * v_.slot_stride * element_size_;
+      tile.words[tile.count++] = word;
+      tile.seen_by_all &= word;
+    }
+    j_ += count;
+    left_ -= count;
+    offset_ += static_cast<int32_t>(count);
+    if (offset_ == page_size) {
+      offset_ = 0;
+      ++page_index_;
+    }
+  }
+  return tile.count > 0;
+}
+
+}  // namespace fork_attn::cpu

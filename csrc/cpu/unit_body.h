@@ -1,0 +1,260 @@
+// One unit of work: flash attention of a block's rows over a stretch of slots, for one KV head. Rows are ordered by
+// token, then by query head within the group. See simd.h for how this is compiled.
+#pragma once
+
+#include "products.h"
+#include "scratch.h"
+#include "simd.h"
+#include "softmax_state.h"
+#include "tile_reader.h"
+#include "unit.h"
+
+namespace fork_attn::cpu {
+namespace {
+
+// Up to here dot products cost less than transposing the K tile.
+constexpr int kDotRows = kLanes / 2;
+
+// Rows of 16-bit or odd-sized elements become rows of `width` floats, zeros past `dim`.
+template <class T>
+FORK_ATTN_INLINE void widen_row(const T* from, int dim, int width, float* to) {
+  int d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load_as_float(from + d));
+  for (; d < dim; ++d) to[d] = to_float(from[d]);
+  for (; d < width; ++d) to[d] = 0.0f;
+}
+
+template <class T>
+void widen_rows(const void* const* from, int count, int dim, int width, float* scratch, const float** to) {
+  for (int i = 0; i < count; ++i) {
+    float* row = scratch + i * width;
+    widen_row(static_cast<const T*>(from[i]), dim, width, row);
+    to[i] = row;
+  }
+}
+
+inline bool all_finite(const float* row, int width) {
+  VecF sum = {};
+  for (int d = 0; d < width; d += kLanes) sum += load(row + d) * 0.0f;  // NaN from Inf and NaN
+  return sum_of_lanes(sum) == 0.0f;
+}
+
+template <class T>
+class UnitRunner {
+ public:
+  UnitRunner(const TreeAttentionParams& params, const Unit& unit, const Partials& partials, float* scratch)
+      : p_(params), unit_(unit), partials_(partials), plan_(params.plan) {
+    block_ = plan_.blocks()[plan_.items()[unit.item].block];
+    group_ = plan_.header().group;
+    num_rows_ = block_.num_tokens * group_;
+    width_ = (p_.head_dim + kLanes - 1) / kLanes * kLanes;
+    width_v_ = (p_.head_dim_v + kLanes - 1) / kLanes * kLanes;
+    const ScratchLayout at(num_rows_, p_.head_dim, p_.head_dim_v);
+    q_ = scratch + at.q;
+    out_ = scratch + at.out;
+    max_ = scratch + at.max;
+    sum_ = scratch + at.sum;
+    decay_ = scratch + at.decay;
+    scores_ = scratch + at.scores;
+    k_rows_ = scratch + at.k_rows;
+    k_columns_ = scratch + at.k_columns;
+    v_rows_ = scratch + at.v_rows;
+  }
+
+  void run() {
+    begin();
+    TileReader reader(p_, plan_.items()[unit_.item], unit_.kv_head, unit_.slot_begin, unit_.slot_end);
+    while (reader.next(tile_)) attend_tile();
+    if (unit_.partial_row >= 0) {
+      write_partials();
+    } else {
+      write_output();
+    }
+  }
+
+ private:
+  int query_head(int h) const { return unit_.kv_head * group_ + h; }
+
+  void begin() {
+    const int32_t* tokens = plan_.tokens() + block_.token_begin;
+    for (int t = 0; t < block_.num_tokens; ++t) {
+      for (int h = 0; h < group_; ++h) {
+        const T* q = static_cast<const T*>(p_.q.data) + tokens[t] * p_.q.row_stride + query_head(h) * p_.q.head_stride;
+        widen_row(q, p_.head_dim, width_, q_ + (t * group_ + h) * width_);
+      }
+    }
+    for (int i = 0; i < num_rows_; ++i) {
+      max_[i] = -kInfinity;
+      sum_[i] = 0.0f;
+    }
+    std::memset(out_, 0, sizeof(float) * num_rows_ * width_v_);
+  }
+
+  // K and V of the tile as rows of floats: in place where that is what memory holds.
+  void prepare_rows() {
+    if (std::is_same_v<T, float> && p_.head_dim == width_) {
+      for (int n = 0; n < tile_.count; ++n) k_[n] = static_cast<const float*>(tile_.k[n]);
+    } else {
+      widen_rows<T>(tile_.k, tile_.count, p_.head_dim, width_, k_rows_, k_);
+    }
+    if (std::is_same_v<T, float> && p_.head_dim_v == width_v_) {
+      for (int n = 0; n < tile_.count; ++n) v_[n] = static_cast<const float*>(tile_.v[n]);
+    } else {
+      widen_rows<T>(tile_.v, tile_.count, p_.head_dim_v, width_v_, v_rows_, v_);
+    }
+  }
+
+  // Bit n of seen_[t]: token t sees slot n of the tile. Finds hidden slots whose V holds NaN or Inf on the way.
+  void prepare_masks() {
+    isolate_ = false;
+    for (int t = 0; t < block_.num_tokens; ++t) seen_[t] = low_bits(tile_.count);
+    const uint64_t block = low_bits(block_.num_tokens);
+    if (tile_.seen_by_all == block) return;
+    for (int t = 0; t < block_.num_tokens; ++t) {
+      if (tile_.seen_by_all >> t & 1) continue;
+      uint64_t seen = 0;
+      for (int n = 0; n < tile_.count; ++n) seen |= (tile_.words[n] >> t & 1) << n;
+      seen_[t] = seen;
+    }
+    for (int n = 0; n < tile_.count && !isolate_; ++n) {
+      isolate_ = tile_.words[n] != block && !all_finite(v_[n], width_v_);
+    }
+  }
+
+  void attend_tile() {
+    prepare_rows();
+    prepare_masks();
+    const bool dot = num_rows_ <= kDotRows;
+    if (!dot) transpose_rows(k_, tile_.count, width_, k_columns_);
+    const int num_vectors = (tile_.count + kLanes - 1) / kLanes;
+    for (int row = 0; row < num_rows_; row += kChunkRows) {
+      const int rows = num_rows_ - row < kChunkRows ? num_rows_ - row : kChunkRows;
+      const float* q = q_ + row * width_;
+      if (dot) {
+        dot_products(q, rows, width_, k_, tile_.count, scores_);
+      } else {
+        multiply(q, width_, rows, StridedRows{k_columns_, kTileSlots}, width_, num_vectors, scores_, kTileSlots,
+                 nullptr);
+      }
+      softmax(row, rows, num_vectors);
+      if (isolate_) {
+        add_isolated(row, rows);
+      } else {
+        multiply(scores_, kTileSlots, rows, ScatteredRows{v_}, tile_.count, width_v_ / kLanes, out_ + row * width_v_,
+                 width_v_, decay_);
+      }
+    }
+  }
+
+  // Scales, caps and masks a row of scores; returns their maximum.
+  FORK_ATTN_INLINE float finish_scores(float* s, uint64_t seen, int num_vectors) {
+    const bool masked = seen != low_bits(num_vectors * kLanes);
+    VecU lane_bit;
+    for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1u << i;
+    VecF top = broadcast(-kInfinity);
+    for (int v = 0; v < num_vectors; ++v) {
+      VecF x = load(s + v * kLanes) * p_.softmax_scale;
+      if (p_.softcap > 0.0f) x = tanh(x / p_.softcap) * p_.softcap;
+      if (masked) {
+        const VecU bits = VecU{} + static_cast<uint32_t>(seen >> (v * kLanes));
+        x = (lane_bit & bits) != 0u ? x : broadcast(-kInfinity);
+      }
+      top = max(x, top);
+      store(s + v * kLanes, x);
+    }
+    return max_of_lanes(top);
+  }
+
+  // Turns the chunk's scores into probabilities relative to the new maxima; decay_ tells how far these moved.
+  void softmax(int row, int rows, int num_vectors) {
+    float origin[kChunkRows];
+    for (int i = 0; i < rows; ++i) {
+      origin[i] = finish_scores(scores_ + i * kTileSlots, seen_[(row + i) / group_], num_vectors);
+    }
+    for (int i = rows; i % kLanes != 0; ++i) origin[i] = -kInfinity;
+    for (int i = 0; i < rows; i += kLanes) {
+      const VecF old = load(max_ + row + i);
+      const VecF top = max(load(origin + i), old);
+      const VecF from = top == -kInfinity ? VecF{} : top;  // nothing seen so far: all probabilities are 0
+      store(decay_ + i, exp(old - from));
+      store(max_ + row + i, top);
+      store(origin + i, from);
+    }
+    for (int i = 0; i < rows; ++i) {
+      float* s = scores_ + i * kTileSlots;
+      VecF sum = {};
+      for (int v = 0; v < num_vectors; ++v) {
+        const VecF probability = exp(load(s + v * kLanes) - origin[i]);
+        sum += probability;
+        store(s + v * kLanes, probability);
+      }
+      sum_[row + i] = sum_[row + i] * decay_[i] + sum_of_lanes(sum);
+    }
+  }
+
+  // P V where a row must not touch the slots it does not see: 0 * Inf is NaN, and one branch's overflow would spread
+  // to the others of the block.
+  void add_isolated(int row, int rows) {
+    float probability[kTileSlots];
+    const float* v[kTileSlots];
+    for (int i = 0; i < rows; ++i) {
+      int count = 0;
+      for (uint64_t rest = seen_[(row + i) / group_]; rest != 0; rest &= rest - 1) {
+        const int n = __builtin_ctzll(rest);
+        probability[count] = scores_[i * kTileSlots + n];
+        v[count++] = v_[n];
+      }
+      multiply(probability, kTileSlots, 1, ScatteredRows{v}, count, width_v_ / kLanes, out_ + (row + i) * width_v_,
+               width_v_, decay_ + i);
+    }
+  }
+
+  void write_partials() {
+    for (int i = 0; i < num_rows_; ++i) {
+      const int64_t slot = (unit_.partial_row + i / group_) * p_.num_q_heads + query_head(i % group_);
+      const RowEnd end = end_row(max_[i], sum_[i], nullptr);
+      const float* from = out_ + i * width_v_;
+      float* to = partials_.out + slot * p_.head_dim_v;
+      for (int d = 0; d < p_.head_dim_v; ++d) to[d] = from[d] * end.scale;
+      partials_.lse[slot] = end.lse;
+    }
+  }
+
+  void write_output() {
+    const int32_t* tokens = plan_.tokens() + block_.token_begin;
+    for (int i = 0; i < num_rows_; ++i) {
+      const int64_t token = tokens[i / group_];
+      const int head = query_head(i % group_);
+      const RowEnd end = end_row(max_[i], sum_[i], p_.sinks == nullptr ? nullptr : p_.sinks + head);
+      const float* from = out_ + i * width_v_;
+      T* to = static_cast<T*>(p_.out.data) + token * p_.out.row_stride + head * p_.out.head_stride;
+      for (int d = 0; d < p_.head_dim_v; ++d) from_float(from[d] * end.scale, to[d]);
+      p_.lse[token * p_.num_q_heads + head] = end.lse;
+    }
+  }
+
+  const TreeAttentionParams& p_;
+  const Unit& unit_;
+  const Partials& partials_;
+  PlanView plan_;
+  PlanBlock block_;
+  int group_, num_rows_, width_, width_v_;  // widths: head dimensions rounded up to whole vectors
+  float *q_, *out_, *max_, *sum_, *decay_, *scores_, *k_rows_, *k_columns_, *v_rows_;
+  Tile tile_;
+  const float* k_[kTileSlots];
+  const float* v_[kTileSlots];
+  uint64_t seen_[kMaxBlockTokens];
+  bool isolate_;
+};
+
+inline void run_unit_body(const TreeAttentionParams& params, const Unit& unit, const Partials& partials,
+                          float* scratch) {
+  switch (params.dtype) {
+    case DType::kFloat32: return UnitRunner<float>(params, unit, partials, scratch).run();
+    case DType::kBFloat16: return UnitRunner<BFloat16>(params, unit, partials, scratch).run();
+    case DType::kFloat16: return UnitRunner<Float16>(params, unit, partials, scratch).run();
+  }
+}
+
+}  // namespace
+}  // namespace fork_attn::cpu

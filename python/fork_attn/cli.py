@@ -1,0 +1,139 @@
+"""The command `fork-attn`: `info` says what is installed here, `demo` forks and joins a real model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import fork_attn
+from fork_attn import _C, _env, demo, ops
+
+_PACKAGES = ("torch", "triton", "transformers", "flash-attn", "numpy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit status.
+    """
+    args = _build_parser().parse_args(argv)
+    status: int = args.run(args)
+    return status
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fork-attn",
+        description="A KV cache and attention kernels for models that think in parallel threads.",
+    )
+    parser.add_argument("--version", action="version", version=f"fork-attn {fork_attn.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser(
+        "info",
+        help="versions, backends, the extension's build, GPU or why none",
+        description="Says what is installed here and what it can use.",
+    )
+    info.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    info.set_defaults(run=_info)
+
+    run_demo = commands.add_parser(
+        "demo",
+        help="fork, join and decode a real model on this machine",
+        description="Lets a small language model fork into threads over one KV cache and join them.",
+    )
+    demo.add_arguments(run_demo)
+    run_demo.set_defaults(run=demo.run)
+    return parser
+
+
+def _info(args: argparse.Namespace) -> int:
+    report = info()
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_report(report)
+    return 0
+
+
+def info() -> dict[str, Any]:
+    """What is installed here, as plain JSON values: versions, extension, cuda, torch_cuda, backends."""
+    versions: dict[str, str | None] = {"fork-attn": fork_attn.__version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    versions["python"] = platform.python_version()
+    cuda = _C.cuda_info()
+    for device in cuda["devices"]:
+        device["capability"] = list(device["capability"])
+    return {
+        "versions": versions,
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpus": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+        },
+        "extension": {"path": _C.__file__, **_C.build_info()},
+        "cuda": cuda,
+        "torch_cuda": {"built_for": torch.version.cuda, "available": torch.cuda.is_available()},
+        "backends": {
+            name: "available" if name in ops.AVAILABLE else "not part of this version"
+            for name in ops.BACKENDS
+            if name != "auto"
+        },
+        "default_backend": _env.default_backend(),
+    }
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    def line(name: str, value: object) -> None:
+        print(f"{name:<20}{value}")
+
+    for name, version in report["versions"].items():
+        line(name, version or "not installed")
+    machine = report["machine"]
+    line("machine", f"{machine['system']}, {machine['cpus']} CPUs, {machine['threads']} threads")
+
+    extension, cuda = report["extension"], report["cuda"]
+    openmp = f"OpenMP {extension['openmp']}" if extension["openmp"] else "no OpenMP"
+    sanitized = ", sanitized" if extension["sanitized"] else ""
+    line("extension", f"{extension['compiler']}, {openmp}{sanitized}")
+    line("", extension["path"])
+    line("device code", cuda["architectures"] if cuda["built"] else "none")
+    for index, device in enumerate(cuda["devices"]):
+        line(f"GPU {index}", _describe_device(device))
+    if not cuda["devices"]:
+        line("GPU", f"none: {cuda['reason']}")
+    torch_cuda = report["torch_cuda"]
+    line("torch CUDA", f"built for {torch_cuda['built_for']}, available: {torch_cuda['available']}")
+    for name, state in report["backends"].items():
+        line(f"backend {name}", state)
+    line("default backend", report["default_backend"])
+
+
+def _describe_device(device: dict[str, Any]) -> str:
+    major, minor = device["capability"]
+    code = device["binary_version"]
+    return (
+        f"{device['name']}, sm_{major}{minor}, {device['multiprocessors']} SMs, "
+        f"{device['memory_bytes'] / 2**30:.0f} GiB, "
+        + (f"runs sm_{code} code of this build" if code else "this build has no code for it")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
