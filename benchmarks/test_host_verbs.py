@@ -82,7 +82,7 @@ def test_step_of_256(benchmark: Any, prefix: int) -> None:
 
 @PREFIXES
 def test_plan_of_256(benchmark: Any, prefix: int) -> None:
-    """The plan of one layer for 256 branches over one prefix, the step's bookkeeping not counted."""
+    """The plan of one layer for 256 branches over one prefix, without bookkeeping."""
     cache, root = make_cache(prefix)
     tokens = dict.fromkeys(root.fork(BRANCHES), 1)
     cache.step(tokens).commit()

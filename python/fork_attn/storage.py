@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar, Union
+from typing import Any, TypeVar, Union
 
 import torch
 
@@ -155,7 +155,7 @@ def make_layers(
         "head_dim": head_dim,
         "head_dim_v": head_dim_v,
     }
-    columns: list[list[int]] = [
+    columns: list[list[Any]] = [
         [
             checks.integer(name, size, low=1, high=2**16)
             for size in checks.per_layer(name, value, num_layers)
@@ -167,8 +167,10 @@ def make_layers(
         for window in checks.per_layer("sliding_window", sliding_window, num_layers)
     ]
     layers = [
-        Layer(i, *(column[i] for column in columns), window=window)  # type: ignore[misc]
-        for i, window in enumerate(windows)
+        Layer(i, q_heads, kv_heads, dim, dim_v, window)
+        for i, (q_heads, kv_heads, dim, dim_v, window) in enumerate(
+            zip(*columns, windows, strict=True)
+        )
     ]
     for layer in layers:
         if layer.num_q_heads % layer.num_kv_heads:
