@@ -9,9 +9,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 BUILD_FILES := setup.py pyproject.toml constraints.txt CMakeLists.txt python/fork_attn/__init__.py \
 	$(shell find csrc -type f)
-CPP_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+CPP_FILES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test cpp-test sanitize pytest lint format gpu clean
+.PHONY: help demo test cpp-test sanitize pytest lint format bench gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -30,11 +30,17 @@ lint: $(VENV)/.installed-dev build/stage  ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 	MYPYPATH=build/stage $(VENV)/bin/mypy -p fork_attn
+	MYPYPATH=benchmarks/gpu $(VENV)/bin/mypy benchmarks/gpu benchmarks/peers
 
 format: $(VENV)/.installed-dev  ## rewrite the sources in the project's style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+bench: $(VENV)/.installed-dev build/cpp  ## times of the host's verbs and of the CPU kernels
+	$(CMAKE) --build build/cpp --target cpp_benchmarks
+	for program in build/cpp/bench_*; do ./$$program || exit 1; done
+	$(PY) -m pytest benchmarks --benchmark-columns=min,median,max $(ARGS)
 
 gpu:  ## on a GPU machine: build, test, measure; PART=build|test|baseline|dry
 	$(if $(filter dry,$(PART)),$(MAKE) $(VENV)/.installed-dev)

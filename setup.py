@@ -53,8 +53,8 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve() / ext.name
-        build.mkdir(parents=True, exist_ok=True)
+        # Not build_temp: editable installs delete that, and would compile everything each time.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         arguments = [
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
@@ -64,8 +64,8 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DFORK_ATTN_CUDA={os.environ.get('FORK_ATTN_CUDA', 'AUTO')}",
         ]
-        if archs := os.environ.get("FORK_ATTN_CUDA_ARCHS"):
-            arguments.append(f"-DFORK_ATTN_CUDA_ARCHS={archs}")
+        archs = os.environ.get("FORK_ATTN_CUDA_ARCHS")
+        arguments.append(f"-DFORK_ATTN_CUDA_ARCHS={archs}" if archs else "-UFORK_ATTN_CUDA_ARCHS")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         cmake = tool("cmake")
         subprocess.run(

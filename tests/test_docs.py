@@ -1,4 +1,4 @@
-"""What the documents say is true: their Python runs, and the files, make targets and commands exist.
+"""What the documents say is true: their Python runs; files, make targets and commands exist.
 
 DESIGN.md is left out: it also describes what is not built yet.
 """
@@ -28,8 +28,8 @@ _PATH = re.compile(
     rf"(?<![\w./-])(?:{'|'.join(map(re.escape, TOP_LEVEL))})/[\w./*-]*|(?<![\w./-])[A-Z]\w+\.md"
 )
 _LINK = re.compile(r"\]\(([^)#\s]+)")
-_MAKE = re.compile(r"`make ([a-z-]+)|^make ([a-z-]+)", re.MULTILINE)
-_COMMAND = re.compile(r"`(?:fork-attn|python -m fork_attn) ([a-z]+)|^fork-attn ([a-z]+)", re.MULTILINE)
+_MAKE = re.compile(r"(?:`|^|[A-Z]=\S+ )make ([a-z-]+)", re.MULTILINE)
+_COMMAND = re.compile(r"(?:`|^)(?:fork-attn|python -m fork_attn) ([a-z]+)", re.MULTILINE)
 
 
 def python_blocks(text: str) -> list[str]:
@@ -73,10 +73,10 @@ def test_named_paths_exist(document: Path) -> None:
 def test_named_make_targets_and_commands_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {a or b for a, b in _MAKE.findall(text)}
+    named = set(_MAKE.findall(text))
     assert named <= targets, f"no such make target: {sorted(named - targets)}"
 
-    commands = {a or b for a, b in _COMMAND.findall(text)}
+    commands = set(_COMMAND.findall(text))
     for command in sorted(commands):
         done = subprocess.run(
             [sys.executable, "-m", "fork_attn", command, "--help"], capture_output=True, text=True

@@ -17,6 +17,8 @@ from fork_attn import (
     hf,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0] * 8,

@@ -22,6 +22,8 @@ from fork_attn import (
     hf,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def llama() -> tuple[transformers.PreTrainedModel, ForkedKVCache]:

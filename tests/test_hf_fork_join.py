@@ -10,6 +10,8 @@ from hf_models import MODELS, Oracle, build, random_tokens
 
 from fork_attn import hf
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = 1e-4
 # Leaving a child out must move the logits by more than this, or the check would show nothing.
 CONTROL = 1e-2

@@ -13,6 +13,8 @@ from hf_models import VOCAB, build, random_tokens, stock_copy
 
 from fork_attn import ForkedKVCache, OutOfPages, hf
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODELS = ["llama", "mistral", "gemma2", "gpt_oss", "gpt2", "deepseek_v3"]
 PROMPT = 11
 NEW = 12

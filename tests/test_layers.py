@@ -78,7 +78,7 @@ def _imports(path: Path, module: str) -> Iterator[Import]:
 
 
 def violations(package: Path, kernels: Path) -> list[str]:
-    """What is wrong with the imports of a package tree laid out like ours; empty when all is well."""
+    """What is wrong with the imports of a package tree laid out like ours; empty if nothing."""
     modules = {_name(p, package): p for p in sorted(package.rglob("*.py"))}
     for path in sorted(kernels.rglob("*.py")):
         modules[".".join(filter(None, ["kernels", _name(path, kernels)]))] = path
@@ -141,7 +141,7 @@ def test_a_bad_arrow_is_found(tmp_path: Path, file: str, source: str, complaint:
         "errors.py": "",
         "reference.py": "from fork_attn.plan import Plan",
         "ops.py": "def f():\n    from fork_attn import reference",
-        "hf/__init__.py": "import transformers\nfrom fork_attn import ForkedKVCache\nfrom . import attach",
+        "hf/__init__.py": "import transformers\nfrom fork_attn import Plan\nfrom . import attach",
         "hf/attach.py": "from fork_attn.cache import ForkedKVCache",
         "cli.py": "import fork_attn\nfrom fork_attn import hf",
         "kernels/__init__.py": "",

@@ -32,7 +32,7 @@ def checked(*command: str, cwd: Path | None = None, env: dict[str, str] | None =
 
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sdist's folder, unpacked. It is made from a copy, for setuptools writes beside setup.py."""
+    """The sdist, unpacked. It is made from a copy, for setuptools writes beside setup.py."""
     tree = tmp_path_factory.mktemp("tree") / "fork-attn"
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", ".*_cache"
@@ -60,9 +60,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sources(folder: Path) -> set[str]:
-    return {
-        p.relative_to(folder).as_posix() for p in folder.rglob("*.py") if "__pycache__" not in p.parts
-    }
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*.py")}
 
 
 def test_sdist_holds_the_sources_and_no_build(sdist: Path) -> None:
@@ -82,9 +80,10 @@ def test_wheel_holds_the_package(wheel: Path) -> None:
         text = archive.read(metadata).decode()
         entry_points = archive.read(metadata.replace("METADATA", "entry_points.txt")).decode()
     expected = {f"fork_attn/{name}" for name in sources(ROOT / "python" / "fork_attn")}
-    expected |= {f"fork_attn/kernels/{name}" for name in sources(ROOT / "kernels" / "fork_attn_triton")}
-    expected |= {"fork_attn/py.typed"}
-    assert {n for n in names if n.endswith(".py") or n.endswith(".typed")} == expected
+    kernels = sources(ROOT / "kernels" / "fork_attn_triton")
+    expected |= {f"fork_attn/kernels/{name}" for name in kernels}
+    expected |= {"fork_attn/py.typed", "fork_attn/_C.pyi"}
+    assert {n for n in names if n.endswith((".py", ".pyi", ".typed"))} == expected
     modules = [n for n in names if n.endswith(".so")]
     assert len(modules) == 1 and modules[0].startswith("fork_attn/_C."), modules
     assert any(n.endswith("/LICENSE") for n in names)
@@ -109,8 +108,8 @@ def test_the_wheel_imports_in_a_fresh_process(wheel: Path, tmp_path: Path) -> No
     code = (
         "import sys, fork_attn, fork_attn.kernels\n"
         "print(fork_attn.__file__, fork_attn._C.__file__, fork_attn.kernels.__file__)\n"
-        "print(sorted({'triton', 'transformers', 'fork_attn.hf', 'fork_attn.demo', 'fork_attn.reference'}"
-        " & set(sys.modules)))\n"
+        "heavy = {'triton', 'transformers', 'fork_attn.hf', 'fork_attn.demo'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
         "print(fork_attn.__version__, fork_attn._C.cuda_info()['built'])\n"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -121,11 +120,12 @@ def test_the_wheel_imports_in_a_fresh_process(wheel: Path, tmp_path: Path) -> No
 
 
 def test_import_and_help_stay_light() -> None:
-    """Neither the package nor the command's help needs Triton, transformers or a plotting library."""
+    """Neither import nor help needs Triton, transformers or a plotting library."""
     code = (
         "import sys\n"
         "from fork_attn import cli\n"
-        "try:\n    cli.main(['demo', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "try:\n    cli.main(['demo', '--help'])\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
         "print(sorted({'triton', 'transformers', 'matplotlib'} & set(sys.modules)))\n"
     )
     assert checked(sys.executable, "-c", code).splitlines()[-1] == "[]"
@@ -138,7 +138,9 @@ def test_huggingface_kernels_is_not_shadowed() -> None:
 # --- the build's options
 
 
-def configure(tmp_path: Path, env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+def configure(
+    tmp_path: Path, env: dict[str, str], *options: str
+) -> subprocess.CompletedProcess[str]:
     import pybind11
 
     return run(

@@ -23,7 +23,9 @@ from timing import Times, measure
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder of results"
+    )
     parser.add_argument("--rounds", type=int, default=40, help="timed calls of each kernel")
     parser.add_argument("--dry", action="store_true", help="small shapes on the CPU")
     args = parser.parse_args()
@@ -62,7 +64,7 @@ def _slug(report: dict[str, Any]) -> str:
 
 
 def measure_roofs(device: torch.device, rounds: int) -> dict[str, float]:
-    """Bandwidth of a copy (bytes read and written) and of a read, and the dense bf16 matmul rate."""
+    """Bandwidth of a copy (bytes read and written) and of a read; the dense bf16 matmul rate."""
     dry = device.type == "cpu"
     source = torch.randn((1 << 20) if dry else (1 << 29), device=device)
     target = torch.empty_like(source)
@@ -114,10 +116,10 @@ def measure_dense_attention(device: torch.device, rounds: int) -> list[dict[str,
 def _dense_calls(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    q1, k1, v1 = (t.transpose(1, 2) for t in (q, k, v))
     calls: dict[str, Callable[[], object]] = {
         "sdpa": lambda: F.scaled_dot_product_attention(
-            *heads_first, is_causal=causal, enable_gqa=True
+            q1, k1, v1, is_causal=causal, enable_gqa=True
         )
     }
     if q.device.type != "cuda":
@@ -134,7 +136,7 @@ def _dense_calls(
 
 
 def measure_case(case: Case, device: torch.device, rounds: int, bandwidth: float) -> dict[str, Any]:
-    """All rivals on one shape, in turn. `fraction_of_copy` is unique bytes / time / copy bandwidth."""
+    """All rivals on one shape, in turn; `fraction_of_copy` is unique bytes / time / `bandwidth`."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     inputs = PagedInputs(case, device, dtype)
     unique = case.unique_bytes(inputs.q.element_size())
@@ -158,8 +160,8 @@ def measure_case(case: Case, device: torch.device, rounds: int, bandwidth: float
     }
     for name, times in measure(calls, device, rounds).items():
         row["rivals"][name] = _result(name, times, plans[name], unique, bandwidth)
-    for name, reason in absent.items():
-        print(f"  {name:<32}absent: {reason.splitlines()[0]}", flush=True)
+    for name, why in absent.items():
+        print(f"  {name:<32}absent: {why.splitlines()[0]}", flush=True)
     return row
 
 

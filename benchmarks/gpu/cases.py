@@ -1,4 +1,4 @@
-"""Shared-prefix decode: n branches, one query token each, over a common prefix and a suffix of their own."""
+"""Shared-prefix decode: n branches, one query token each, over a common prefix and own suffixes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ DRY_CASES = (
 
 
 class PagedInputs:
-    """Queries and a paged cache in which the prefix's pages exist once; physical pages are shuffled.
+    """Queries and a paged cache that holds the prefix's pages once; physical pages are shuffled.
 
     `q` is (n, q_heads, head_dim), `k_cache` and `v_cache` are (num_pages, page_size, kv_heads,
     head_dim), `page_table` is (n, pages per branch) int32.
@@ -89,7 +89,7 @@ class PagedInputs:
 
     @cached_property
     def dense(self) -> tuple[Tensor, Tensor]:
-        """K and V gathered for every branch, (n, kv_heads, length, head_dim): the prefix n times."""
+        """K and V gathered per branch, (n, kv_heads, length, head_dim): the prefix n times."""
 
         def gather(cache: Tensor) -> Tensor:
             slots = cache[self.page_table.long()].flatten(1, 2)[:, : self.case.length]
@@ -101,9 +101,11 @@ class PagedInputs:
         """(q_heads, head_dim) in float64: softmax attention of one branch."""
         case = self.case
         pages = self.page_table[branch].long()
-        k, v = (
-            c[pages].flatten(0, 1)[: case.length].double().repeat_interleave(case.q_heads // case.kv_heads, 1)
-            for c in (self.k_cache, self.v_cache)
-        )
+
+        def gather(cache: Tensor) -> Tensor:
+            slots = cache[pages].flatten(0, 1)[: case.length].double()
+            return slots.repeat_interleave(case.q_heads // case.kv_heads, 1)
+
+        k, v = gather(self.k_cache), gather(self.v_cache)
         scores = torch.einsum("hd,lhd->hl", self.q[branch].double(), k) * case.head_dim**-0.5
         return torch.einsum("hl,lhd->hd", scores.softmax(-1), v)

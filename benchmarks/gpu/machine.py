@@ -16,7 +16,15 @@ _GPU_FIELDS = (
     "name,driver_version,memory.total,power.limit,temperature.gpu,"
     "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
 )
-_PACKAGES = ("fork-attn", "torch", "triton", "transformers", "numpy", "flashinfer-python", "xformers")
+_PACKAGES = (
+    "fork-attn",
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "flashinfer-python",
+    "xformers",
+)
 
 
 def _output(*command: str) -> str | None:

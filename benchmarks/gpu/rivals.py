@@ -1,6 +1,6 @@
 """Attention kernels to compare with, each over the same physical pages.
 
-A rival is a function from inputs to a `Ready` call, or it raises `Absent` with the reason: a rival that
+A rival is a function from inputs to a `Ready` call, or it raises `Absent` with the reason. One that
 is not installed, or cannot do a shape, is named in the results and never left out in silence.
 """
 

@@ -28,7 +28,10 @@ class Times:
         ordered = sorted(seconds)
         last = len(ordered) - 1
         return Times(
-            statistics.median(ordered), ordered[last * 2 // 10], ordered[last * 8 // 10], len(ordered)
+            statistics.median(ordered),
+            ordered[last * 2 // 10],
+            ordered[last * 8 // 10],
+            len(ordered),
         )
 
 
@@ -43,9 +46,7 @@ def measure(
     return {name: Times.of(seconds) for name, seconds in timed(calls, rounds).items()}
 
 
-def _timed_on_gpu(
-    calls: Mapping[str, Callable[[], object]], rounds: int
-) -> dict[str, list[float]]:
+def _timed_on_gpu(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -60,9 +61,7 @@ def _timed_on_gpu(
     return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()}
 
 
-def _timed_on_cpu(
-    calls: Mapping[str, Callable[[], object]], rounds: int
-) -> dict[str, list[float]]:
+def _timed_on_cpu(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

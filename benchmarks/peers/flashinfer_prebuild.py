@@ -1,8 +1,8 @@
 """Compiles FlashInfer's Hopper modules on a machine without a GPU, for bf16 and head_dim 128.
 
 Run by collect.sh, which installs FlashInfer and sets CUDA_HOME, LD_LIBRARY_PATH and
-CPLUS_INCLUDE_PATH. The results are WORK/.cache/flashinfer/VERSION/90a/cached_ops/NAME/NAME.so; on the
-GPU machine they belong in flashinfer/data/aot/NAME/NAME.so.
+CPLUS_INCLUDE_PATH. The results are WORK/.cache/flashinfer/VERSION/90a/cached_ops/NAME/NAME.so; on
+the GPU machine they belong in flashinfer/data/aot/NAME/NAME.so.
 """
 
 from __future__ import annotations

@@ -104,19 +104,33 @@ void transpose_rows(const float* const* k, int count, int width, float* out) {
   }
 }
 
+// Four accumulators alone would wait for each other's additions, and round more.
+constexpr int kDotSums = kLanes == 4 ? 2 : 1;
+
+FORK_ATTN_INLINE void add_products(const float* q, const float* const* rows, int column, VecF* sum) {
+  const VecF left = load(q);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) sum[i] += left * load(rows[i] + column);
+}
+
 // scores[i][n] = q[i] . k[n], by dot products: for few rows cheaper than transposing k. Columns past `count` as above.
 void dot_products(const float* q, int num_rows, int width, const float* const* k, int count, float* scores) {
   for (int n = 0; n < count; n += kLanes) {
     const float* rows[kLanes];
     for (int i = 0; i < kLanes; ++i) rows[i] = k[n + i < count ? n + i : count - 1];
     for (int m = 0; m < num_rows; ++m) {
-      VecF sum[kLanes] = {};
-      for (int d = 0; d < width; d += kLanes) {
-        const VecF left = load(q + m * width + d);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) sum[i] += left * load(rows[i] + d);
+      VecF sum[kDotSums][kLanes] = {};
+      int d = 0;
+      for (; d + kDotSums * kLanes <= width; d += kDotSums * kLanes) {
+#pragma GCC unroll 2
+        for (int s = 0; s < kDotSums; ++s) add_products(q + m * width + d + s * kLanes, rows, d + s * kLanes, sum[s]);
       }
-      store(scores + m * kTileSlots + n, sum_each(sum));
+      for (; d < width; d += kLanes) add_products(q + m * width + d, rows, d, sum[0]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        for (int s = 1; s < kDotSums; ++s) sum[0][i] += sum[s][i];
+      }
+      store(scores + m * kTileSlots + n, sum_each(sum[0]));
     }
   }
 }

@@ -49,7 +49,7 @@ FORK_ATTN_INLINE VecF load_as_float(const Float16* p) {
   VecH bits;
   std::memcpy(&bits, p, sizeof(bits));
 #if defined(FORK_ATTN_F16C) && FORK_ATTN_LANES == 16
-  return _mm512_cvtph_ps((__m256i)bits);
+  return _mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);  // gcc 12 warns about the unmasked form
 #elif defined(FORK_ATTN_F16C) && FORK_ATTN_LANES == 8
   return _mm256_cvtph_ps((__m128i)bits);
 #else

@@ -1,4 +1,4 @@
-"""The command `fork-attn`: `info` says what is installed here, `demo` forks and joins a real model."""
+"""The command `fork-attn`: `info` says what is installed, `demo` forks and joins a real model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _build_parser() -> argparse.ArgumentParser:
     run_demo = commands.add_parser(
         "demo",
         help="fork, join and decode a real model on this machine",
-        description="Lets a small language model fork into threads over one KV cache and join them.",
+        description="Lets a small language model fork into threads over one KV cache, then join.",
     )
     demo.add_arguments(run_demo)
     run_demo.set_defaults(run=demo.run)
@@ -69,7 +69,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def info() -> dict[str, Any]:
-    """What is installed here, as plain JSON values: versions, extension, cuda, torch_cuda, backends."""
+    """What is installed here and what it can use, as plain JSON values."""
     versions: dict[str, str | None] = {"fork-attn": fork_attn.__version__}
     for name in _PACKAGES:
         try:

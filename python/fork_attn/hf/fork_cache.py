@@ -225,7 +225,7 @@ class ForkCache(Cache):
             positions = positions.to(call.device)
             index = flatten(flags, lead)
             if index is not None:
-                index = tuple(x.to(call.device) for x in index)
+                index = (index[0].to(call.device), index[1].to(call.device))
                 positions = torch.cat([positions, positions.new_zeros(1)])[index[1]]
             positions = positions.view(call.batch, call.seq)
             held = [rows[i].num_stored(self._columns) for i in lead]

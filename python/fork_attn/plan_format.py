@@ -1,0 +1,195 @@
+"""The plan buffer read from Python: its header, its sections, and the dense mask that it stands for.
+
+The format is that of csrc/core/plan.h, whose constants and records are mirrored here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+PLAN_MAGIC = 0x4641504C
+PLAN_VERSION = 1
+MAX_BLOCK_TOKENS = 64
+HEADER_WORDS = 16
+
+# Bits of a run's kind.
+FULL = 0
+DIAGONAL = 1
+WINDOW = 2
+PER_SLOT = 4
+
+
+class PlanHeader(NamedTuple):
+    """The fixed first words of a plan buffer, field by field as in plan.h."""
+
+    magic: int
+    version: int
+    total_words: int
+    num_tokens: int
+    num_blocks: int
+    num_block_tokens: int
+    num_items: int
+    num_runs: int
+    num_pages: int
+    num_words: int
+    num_partial_rows: int
+    num_merge_rows: int
+    group: int
+    page_size: int
+    window: int
+    page_limit: int
+    max_block_tokens: int
+    off_blocks: int
+    off_tokens: int
+    off_positions: int
+    off_items: int
+    off_runs: int
+    off_pages: int
+    off_words: int
+    off_merge_indptr: int
+    off_merge_rows: int
+
+
+class PlanSections(NamedTuple):
+    """The sections of a plan buffer, as views of it (`runs` and `run_masks` share memory)."""
+
+    blocks: torch.Tensor  # (num_blocks, 2) int32: token_begin, num_tokens
+    tokens: torch.Tensor  # (num_block_tokens,) int32: query rows
+    positions: torch.Tensor  # (num_block_tokens,) int32
+    items: torch.Tensor  # (num_items, 4) int32: block, run_begin, run_end, partial_begin
+    runs: torch.Tensor  # (num_runs, 10) int32; columns from 2 on are the fields after the mask
+    run_masks: torch.Tensor  # (num_runs,) int64
+    pages: torch.Tensor  # (num_pages,) int32
+    words: torch.Tensor  # (num_words,) int64
+    merge_indptr: torch.Tensor  # (num_tokens + 1,) int32
+    merge_rows: torch.Tensor  # (num_merge_rows,) int32
+
+
+class Run(NamedTuple):
+    """One run: slots of consecutive positions, and which tokens of the block see them."""
+
+    mask: int  # unsigned, bit t: token t of the block
+    page_begin: int
+    first_slot: int
+    num_slots: int
+    first_position: int
+    kind: int
+    diag: int
+    words_begin: int
+
+
+def header(buffer: torch.Tensor) -> PlanHeader:
+    """Reads the header of a plan buffer.
+
+    Args:
+        buffer: (words,) int64, contiguous.
+
+    Raises:
+        TypeError: `buffer` is not int64.
+        ValueError: not a plan, of another version, or cut short.
+    """
+    if buffer.dtype != torch.int64:
+        raise TypeError(f"plan buffer: expected dtype int64, got {buffer.dtype}")
+    if buffer.ndim != 1 or len(buffer) < HEADER_WORDS or not buffer.is_contiguous():
+        got = f"shape {tuple(buffer.shape)}, strides {buffer.stride()}"
+        raise ValueError(f"plan buffer: expected at least {HEADER_WORDS} contiguous words, got {got}")
+    fields = buffer[:HEADER_WORDS].view(torch.int32).tolist()
+    result = PlanHeader(*fields[: len(PlanHeader._fields)])
+    if result.magic != PLAN_MAGIC or result.version != PLAN_VERSION:
+        expected = f"magic {PLAN_MAGIC:#x}, version {PLAN_VERSION}"
+        got = f"magic {result.magic:#x}, version {result.version}"
+        raise ValueError(f"plan buffer: expected {expected}, got {got}")
+    if len(buffer) < result.total_words:
+        raise ValueError(f"plan buffer: expected {result.total_words} words, got {len(buffer)}")
+    return result
+
+
+def sections(buffer: torch.Tensor) -> PlanSections:
+    """Views of all sections of a plan buffer. Raises as `header` does."""
+    h = header(buffer)
+
+    def ints(offset: int, count: int) -> torch.Tensor:
+        return buffer[offset : offset + (count + 1) // 2].view(torch.int32)[:count]
+
+    runs = buffer[h.off_runs : h.off_runs + 5 * h.num_runs].view(h.num_runs, 5)
+    return PlanSections(
+        blocks=ints(h.off_blocks, 2 * h.num_blocks).view(h.num_blocks, 2),
+        tokens=ints(h.off_tokens, h.num_block_tokens),
+        positions=ints(h.off_positions, h.num_block_tokens),
+        items=ints(h.off_items, 4 * h.num_items).view(h.num_items, 4),
+        runs=runs.view(torch.int32),
+        run_masks=runs[:, 0],
+        pages=ints(h.off_pages, h.num_pages),
+        words=buffer[h.off_words : h.off_words + h.num_words],
+        merge_indptr=ints(h.off_merge_indptr, h.num_tokens + 1),
+        merge_rows=ints(h.off_merge_rows, h.num_merge_rows),
+    )
+
+
+def run_at(plan: PlanSections, index: int) -> Run:
+    """Run `index` of the plan."""
+    mask = int(plan.run_masks[index]) & (2**64 - 1)
+    return Run(mask, *plan.runs[index, 2:9].tolist())
+
+
+def bits(words: torch.Tensor, count: int) -> torch.Tensor:
+    """Bits 0..count-1 of int64 words as bools: (n,) -> (n, count)."""
+    return (words[:, None] >> torch.arange(count, device=words.device)) & 1 != 0
+
+
+def run_visibility(plan: PlanSections, run: Run, positions: torch.Tensor, window: int) -> torch.Tensor:
+    """Which tokens of a block see which slots of a run.
+
+    Args:
+        positions: (num_tokens,), of the block's tokens.
+
+    Returns:
+        (num_tokens, num_slots) bool.
+    """
+    num_tokens = len(positions)
+    slots = torch.arange(run.num_slots)
+    tokens = torch.arange(num_tokens)
+    mask = torch.tensor([bool(run.mask >> t & 1) for t in range(num_tokens)])
+    seen = mask[:, None].expand(num_tokens, run.num_slots).clone()
+    if run.kind & DIAGONAL:
+        seen &= slots < run.diag + tokens[:, None]
+    if run.kind & WINDOW:
+        seen &= positions[:, None].long() - (run.first_position + slots) < window
+    if run.kind & PER_SLOT:
+        seen &= bits(plan.words[run.words_begin : run.words_begin + run.num_slots], num_tokens).T
+    return seen
+
+
+def expand_plan(buffer: torch.Tensor) -> torch.Tensor:
+    """The dense mask that a plan stands for.
+
+    Args:
+        buffer: (words,) int64 on the CPU.
+
+    Returns:
+        (num_tokens, page_limit * page_size) bool: query row t sees slot `page * page_size + offset`.
+
+    Raises:
+        ValueError: not a plan, or a row would see the same slot twice.
+        TypeError: `buffer` is not int64.
+    """
+    h = header(buffer)
+    plan = sections(buffer)
+    mask = torch.zeros(h.num_tokens, h.page_limit * h.page_size, dtype=torch.bool)
+    for block, run_begin, run_end, _ in plan.items.tolist():
+        token_begin, num_tokens = plan.blocks[block].tolist()
+        rows = plan.tokens[token_begin : token_begin + num_tokens].long()
+        positions = plan.positions[token_begin : token_begin + num_tokens]
+        for index in range(run_begin, run_end):
+            run = run_at(plan, index)
+            at = torch.arange(run.first_slot, run.first_slot + run.num_slots)
+            pages = plan.pages[run.page_begin + at // h.page_size].long()
+            slots = pages * h.page_size + at % h.page_size
+            seen = run_visibility(plan, run, positions, h.window)
+            where = (rows[:, None], slots[None, :])
+            if bool((mask[where] & seen).any()):
+                raise ValueError(f"plan: run {index} shows a row a slot that it sees already")
+            mask[where] |= seen
+    return mask

@@ -1,0 +1,198 @@
+"""Builds plan buffers from Python lists, for tests of kernels that need no cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fork_attn.plan_format import (
+    FULL,
+    HEADER_WORDS,
+    MAX_BLOCK_TOKENS,
+    PER_SLOT,
+    PLAN_MAGIC,
+    PLAN_VERSION,
+    PlanHeader,
+)
+
+ALL_TOKENS = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Slots in order of a run; `pages` are physical, the first one holds slot 0 at offset `first_slot`."""
+
+    pages: Sequence[int]
+    num_slots: int
+    first_slot: int = 0
+    first_position: int = 0
+    mask: int = ALL_TOKENS  # bits beyond the block's tokens are cleared
+    kind: int = FULL
+    diag: int = 0
+    words: Sequence[int] = ()  # unsigned, one for each slot of a PER_SLOT run
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Query rows that items serve together; `items` are lists of runs."""
+
+    rows: Sequence[int]
+    positions: Sequence[int]
+    items: Sequence[Sequence[RunSpec]]
+
+
+@dataclass
+class _Lists:
+    blocks: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    items: list[list[int]] = field(default_factory=list)
+    runs: list[tuple[int, list[int]]] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
+
+
+def build_plan(
+    blocks: Sequence[BlockSpec],
+    *,
+    num_tokens: int,
+    group: int,
+    page_size: int,
+    window: int = 0,
+    partials: bool = False,
+) -> torch.Tensor:
+    """Lays a plan out as csrc/core/plan.h describes.
+
+    Args:
+        blocks: row blocks; a query row may stand in several, its results are merged in this order.
+        num_tokens: query rows of the step; rows in no block see nothing.
+        group: query heads per KV head.
+        page_size: slots in a page.
+        window: sliding window in positions, for runs of kind WINDOW.
+        partials: items write partial rows even where a row has only one item.
+
+    Returns:
+        (words,) int64.
+
+    Raises:
+        ValueError: a block or run contradicts itself.
+    """
+    lists = _Lists()
+    for index, block in enumerate(blocks):
+        _check_block(block, num_tokens, page_size)
+        lists.blocks += [len(lists.tokens), len(block.rows)]
+        lists.tokens += block.rows
+        lists.positions += block.positions
+        for runs in block.items:
+            begin = len(lists.runs)
+            for run in runs:
+                _add_run(lists, run, len(block.rows))
+            lists.items.append([index, begin, len(lists.runs), -1])
+    merge_lists, num_partial_rows = _assign_partials(lists, num_tokens, partials)
+    sizes = {
+        "num_tokens": num_tokens,
+        "num_partial_rows": num_partial_rows,
+        "group": group,
+        "page_size": page_size,
+        "window": window,
+        "page_limit": 1 + max(lists.pages, default=-1),
+        "max_block_tokens": max(lists.blocks[1::2], default=0),
+    }
+    return _serialise(lists, merge_lists, sizes)
+
+
+def _check_block(block: BlockSpec, num_tokens: int, page_size: int) -> None:
+    if not 1 <= len(block.rows) <= MAX_BLOCK_TOKENS or len(block.rows) != len(block.positions):
+        got = f"{len(block.rows)} rows and {len(block.positions)} positions"
+        raise ValueError(f"block: expected 1..{MAX_BLOCK_TOKENS} rows with a position each, got {got}")
+    if len(set(block.rows)) != len(block.rows) or not all(0 <= r < num_tokens for r in block.rows):
+        raise ValueError(f"block: expected distinct rows below {num_tokens}, got {list(block.rows)}")
+    for run in (run for runs in block.items for run in runs):
+        end = run.first_slot + run.num_slots
+        if run.num_slots < 1 or not 0 <= run.first_slot < page_size or end > len(run.pages) * page_size:
+            raise ValueError(f"run: slots do not fit its pages of {page_size}: {run}")
+        if run.kind & PER_SLOT and len(run.words) != run.num_slots:
+            raise ValueError(f"run: expected {run.num_slots} words, got {len(run.words)}")
+
+
+def _add_run(lists: _Lists, run: RunSpec, num_tokens: int) -> None:
+    fields = [len(lists.pages), run.first_slot, run.num_slots, run.first_position, run.kind, run.diag]
+    lists.runs.append((run.mask & ((1 << num_tokens) - 1), [*fields, len(lists.words), 0]))
+    lists.pages += run.pages
+    lists.words += run.words
+
+
+def _assign_partials(lists: _Lists, num_tokens: int, always: bool) -> tuple[list[list[int]], int]:
+    """Partial rows of every query row, in merge order, and how many there are."""
+
+    def rows_of(item: list[int]) -> list[int]:
+        begin, count = lists.blocks[2 * item[0] : 2 * item[0] + 2]
+        return lists.tokens[begin : begin + count]
+
+    uses = [0] * num_tokens
+    for item in lists.items:
+        for row in rows_of(item):
+            uses[row] += 1
+    merge_lists: list[list[int]] = [[] for _ in range(num_tokens)]
+    total = 0
+    for item in lists.items:
+        rows = rows_of(item)
+        if not always and all(uses[row] == 1 for row in rows):
+            continue
+        item[3] = total
+        for t, row in enumerate(rows):
+            merge_lists[row].append(total + t)
+        total += len(rows)
+    return merge_lists, total
+
+
+def _words(ints: Sequence[int]) -> torch.Tensor:
+    """int32 values, two to a word."""
+    padded = torch.tensor([*ints, *[0] * (len(ints) % 2)], dtype=torch.int32)
+    return padded.view(torch.int64) if len(padded) else torch.empty(0, dtype=torch.int64)
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _serialise(lists: _Lists, merge_lists: list[list[int]], sizes: dict[str, int]) -> torch.Tensor:
+    indptr = [0]
+    for rows in merge_lists:
+        indptr.append(indptr[-1] + len(rows))
+    empty = torch.empty(0, dtype=torch.int64)
+    runs = [torch.cat([torch.tensor([_signed(mask)]), _words(rest)]) for mask, rest in lists.runs]
+    parts = {
+        "blocks": _words(lists.blocks),
+        "tokens": _words(lists.tokens),
+        "positions": _words(lists.positions),
+        "items": _words([value for item in lists.items for value in item]),
+        "runs": torch.cat([empty, *runs]),
+        "pages": _words(lists.pages),
+        "words": torch.tensor([_signed(word) for word in lists.words], dtype=torch.int64),
+        "merge_indptr": _words(indptr),
+        "merge_rows": _words([row for rows in merge_lists for row in rows]),
+    }
+    offsets = {}
+    end = HEADER_WORDS
+    for name, part in parts.items():
+        offsets[f"off_{name}"] = end
+        end += len(part)
+    head = PlanHeader(
+        magic=PLAN_MAGIC,
+        version=PLAN_VERSION,
+        total_words=end,
+        num_blocks=len(lists.blocks) // 2,
+        num_block_tokens=len(lists.tokens),
+        num_items=len(lists.items),
+        num_runs=len(lists.runs),
+        num_pages=len(lists.pages),
+        num_words=len(lists.words),
+        num_merge_rows=indptr[-1],
+        **sizes,
+        **offsets,
+    )
+    reserved = [0] * (2 * HEADER_WORDS - len(head))
+    return torch.cat([_words([*head, *reserved]), *parts.values()])

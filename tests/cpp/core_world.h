@@ -1,0 +1,263 @@
+// The core beside its oracle, and a memory of token ids in place of K and V. Every verb runs on
+// both; `compare` then finds any difference that a branch could see.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <new>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "core_model.h"
+
+namespace fork_attn::test {
+
+constexpr uint64_t kPoison = ~uint64_t{0};  // stands in slots of free pages
+
+inline std::string& context_of_failure() {
+  static std::string text;
+  return text;
+}
+
+[[noreturn]] inline void die(const char* file, int line, const std::string& what) {
+  std::fprintf(stderr, "%s:%d: %s\n  in %s\n", file, line, what.c_str(),
+               context_of_failure().c_str());
+  std::exit(1);
+}
+
+#define EXPECT(condition)                                             \
+  do {                                                                \
+    if (!(condition)) die(__FILE__, __LINE__, "not so: " #condition); \
+  } while (false)
+
+#define EXPECT_EQ(got, want)                                                           \
+  do {                                                                                 \
+    const auto got_ = (got);                                                           \
+    const auto want_ = (want);                                                         \
+    if (!(got_ == want_))                                                              \
+      die(__FILE__, __LINE__,                                                          \
+          #got " is " + std::to_string(got_) + ", expected " + std::to_string(want_)); \
+  } while (false)
+
+struct RowPlan {  // what one branch does in a step
+  Handle branch;
+  int64_t num_tokens;
+  bool draft = false;
+  std::vector<int32_t> parents = {};
+  std::optional<std::vector<int32_t>> path = std::nullopt;  // accepted; none: nobody accepts
+};
+
+class World {
+ public:
+  World(int32_t num_pages, int32_t page_size, TailPolicy tail)
+      : core(num_pages, page_size, tail),
+        memory(static_cast<std::size_t>(num_pages) * page_size, kPoison) {}
+  virtual ~World() = default;
+
+  CacheCore core;
+  Model model;
+  std::vector<uint64_t> memory;
+  int64_t allocating = 0;  // steps that asked for pages, and how many of them got none
+  int64_t out_of_pages = 0;
+
+  // Runs a verb of the core. An error must leave no trace; its kind is returned.
+  std::optional<ErrorKind> attempt(const char* verb, const std::function<void()>& call) {
+    const uint64_t before = core.digest();
+    try {
+      invoke(verb, call);
+      return std::nullopt;
+    } catch (const Error& e) {
+      if (core.digest() != before) die(__FILE__, __LINE__, std::string("changed by: ") + e.what());
+      EXPECT(e.what()[0] != '\0');
+      last_error = e;
+      return e.kind;
+    }
+  }
+
+  void expect(const char* verb, std::optional<ErrorKind> want, const std::function<void()>& call,
+              const std::function<void()>& then) {
+    const std::optional<ErrorKind> got = attempt(verb, call);
+    if (got != want) {
+      die(__FILE__, __LINE__,
+          std::string(verb) + ": error " + (got ? last_error->what() : "none") +
+              ", expected kind " + (want ? std::to_string(static_cast<int>(*want)) : "none"));
+    }
+    if (!got) then();
+  }
+
+  // Opens a step, writes ids into its slots, and closes it. False if the pool could not hold it.
+  bool step(const std::vector<RowPlan>& rows, bool commit, const std::function<void()>& inside) {
+    std::vector<StepRequest> requests;
+    for (const RowPlan& r : rows) {
+      requests.push_back({r.branch, r.num_tokens, r.draft ? r.parents.data() : nullptr});
+    }
+    const uint64_t before = core.digest();
+    ++allocating;
+    if (const auto error = attempt("step", [&] { core.open_step(requests); })) {
+      EXPECT(*error == ErrorKind::kOutOfPages);
+      ++out_of_pages;
+      check_shortage(rows);
+      return false;
+    }
+    check_open_step(rows);
+    for (const PageCopy& copy : core.step().copies) {
+      std::copy_n(&memory[static_cast<std::size_t>(copy.src_page) * core.page_size()],
+                  core.page_size(),
+                  &memory[static_cast<std::size_t>(copy.dst_page) * core.page_size()]);
+    }
+    const uint64_t first_id = next_id_;
+    for (const int64_t slot : core.step().slot_mapping) memory[slot] = next_id_++;
+    inside();
+    if (!commit) {
+      core.rollback_step();
+      EXPECT(core.digest() == before);
+      return true;
+    }
+    close_step(rows, first_id);
+    return true;
+  }
+
+  void compare() {
+    core.check();
+    std::map<int64_t, int> readers;  // of each page
+    EXPECT_EQ(core.stats().branches, static_cast<int64_t>(model.branches.size()));
+    for (const auto& [h, want] : model.branches) compare_branch(h, want, readers);
+    const CoreStats stats = core.stats();
+    EXPECT_EQ(stats.pages_live, static_cast<int64_t>(readers.size()));
+    EXPECT_EQ(stats.pages_free + stats.pages_live, stats.pages_total);
+    int64_t shared = 0;
+    for (const auto& [page, count] : readers) shared += count > 1;
+    EXPECT_EQ(stats.pages_shared, shared);
+    for (const int32_t page : core.store().pages.free_list()) {
+      std::fill_n(&memory[static_cast<std::size_t>(page) * core.page_size()], core.page_size(),
+                  kPoison);
+    }
+  }
+
+ protected:
+  virtual void invoke(const char* verb, const std::function<void()>& call) {
+    (void)verb;
+    call();
+  }
+
+  std::optional<Error> last_error;
+
+ private:
+  void compare_branch(Handle h, const ModelBranch& want, std::map<int64_t, int>& readers) {
+    EXPECT(core.alive(h));
+    EXPECT_EQ(core.length(h), want.length());
+    EXPECT_EQ(core.position(h), want.position);
+    EXPECT_EQ(core.parent_serial(h),
+              want.has_parent ? int64_t{CacheCore::serial(want.parent)} : -1);
+    core.slots(h, slots_);
+    core.positions(h, positions_);
+    EXPECT_EQ(slots_.size(), want.tokens.size());
+    EXPECT_EQ(positions_.size(), want.tokens.size());
+    std::set<int64_t> pages;
+    for (std::size_t i = 0; i < slots_.size(); ++i) {
+      EXPECT_EQ(memory[slots_[i]], want.tokens[i].id);
+      EXPECT_EQ(positions_[i], want.tokens[i].position);
+      pages.insert(slots_[i] / core.page_size());
+    }
+    EXPECT_EQ(core.num_pages(h), static_cast<int64_t>(pages.size()));
+    compare_page_table(h, want);
+    for (const int64_t page : pages) ++readers[page];
+  }
+
+  // A page table exists exactly if every token lies where a dense one would have it.
+  void compare_page_table(Handle h, const ModelBranch& want) {
+    const int64_t size = core.page_size();
+    bool dense = true;
+    for (std::size_t i = 0; i < slots_.size(); ++i) {
+      const auto offset = static_cast<int64_t>(i) % size;
+      dense &= slots_[i] % size == offset && (offset == 0 || slots_[i] == slots_[i - 1] + 1);
+    }
+    if (want.plain && core.tail() == TailPolicy::kCopy) EXPECT(dense);
+    std::vector<int32_t> table;
+    try {
+      core.page_table(h, table);
+      EXPECT(dense);
+    } catch (const Error& e) {
+      EXPECT(!dense && e.kind == ErrorKind::kNotDense);
+      return;
+    }
+    EXPECT_EQ(static_cast<int64_t>(table.size()), (want.length() + size - 1) / size);
+    for (std::size_t i = 0; i < slots_.size(); ++i) {
+      EXPECT_EQ(table[i / size] * size + static_cast<int64_t>(i) % size, slots_[i]);
+    }
+  }
+
+  // Out of pages must be true, and no row may ask for more than its tokens can need.
+  void check_shortage(const std::vector<RowPlan>& rows) {
+    EXPECT(last_error->needed > core.stats().pages_free);
+    EXPECT_EQ(last_error->free, core.stats().pages_free);
+    const int64_t copied = core.tail() == TailPolicy::kCopy ? core.page_size() - 1 : 0;
+    int64_t most = 0;
+    for (const RowPlan& r : rows) {
+      most += (r.num_tokens + copied + core.page_size() - 1) / core.page_size();
+    }
+    EXPECT(last_error->needed <= most);
+  }
+
+  void check_open_step(const std::vector<RowPlan>& rows) {
+    core.check();
+    const Step& step = core.step();
+    EXPECT(core.tail() == TailPolicy::kCopy || step.copies.empty());
+    std::set<int64_t> taken;
+    for (const auto& [h, b] : model.branches) {
+      core.slots(h, slots_);
+      taken.insert(slots_.begin(), slots_.end());
+    }
+    for (const int64_t slot : step.slot_mapping) {
+      EXPECT(slot >= 0 && slot < static_cast<int64_t>(memory.size()));
+      EXPECT(taken.insert(slot).second);  // nobody sees it, and no other row writes it
+    }
+    std::size_t row = 0;
+    for (const RowPlan& r : rows) {
+      const std::size_t first = row;
+      for (int64_t t = 0; t < r.num_tokens; ++t, ++row) {
+        int64_t want = model.branches.at(r.branch).position + t;
+        if (r.draft) {
+          want = r.parents[t] < 0 ? model.branches.at(r.branch).position
+                                  : step.positions[first + r.parents[t]] + 1;
+        }
+        EXPECT_EQ(step.positions[row], want);
+      }
+    }
+    EXPECT_EQ(row, step.positions.size());
+    EXPECT_EQ(row, step.slot_mapping.size());
+  }
+
+  void close_step(const std::vector<RowPlan>& rows, uint64_t id) {
+    std::vector<std::vector<uint64_t>> kept;
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const RowPlan& r = rows[i];
+      std::vector<uint64_t> ids;
+      if (!r.draft) {
+        for (int64_t t = 0; t < r.num_tokens; ++t) ids.push_back(id + t);
+      } else if (r.path) {
+        core.accept(static_cast<int64_t>(i), *r.path);
+        for (const int32_t t : *r.path) ids.push_back(id + t);
+      }
+      kept.push_back(ids);
+      id += r.num_tokens;
+    }
+    std::vector<uint64_t> moved;
+    for (const SlotMove& move : core.step().moves) moved.push_back(memory[move.src_slot]);
+    for (std::size_t i = 0; i < moved.size(); ++i) {
+      memory[core.step().moves[i].dst_slot] = moved[i];
+    }
+    commit();
+    for (std::size_t i = 0; i < rows.size(); ++i) model.append(rows[i].branch, kept[i]);
+  }
+
+  virtual void commit() { core.commit_step(); }
+
+  uint64_t next_id_ = 0;
+  std::vector<int64_t> slots_, positions_;
+};
+
+}  // namespace fork_attn::test
