@@ -35,7 +35,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("JambaForCausalLM", {"num_experts": 2}, "recurrent"),
     ("RwkvForCausalLM", {}, "recurrent"),
     ("Llama4ForCausalLM", {"num_local_experts": 2}, "chunked attention"),
-    ("DeepseekV32ForCausalLM", {}, "deepseek_sparse_attention"),
+    ("DeepseekV32ForCausalLM", {}, "(deepseek_sparse|indexed)_attention layers"),
     ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
     ("Phi3ForCausalLM", {"rope_parameters": LONGROPE}, "'longrope'"),
     ("FalconForCausalLM", {}, "no attention interface"),

@@ -67,7 +67,7 @@ CPLUS_INCLUDE_PATH=$(dirname "$curand_header")
 export CPLUS_INCLUDE_PATH
 export LD_LIBRARY_PATH=$CUDA_HOME/lib64:${LD_LIBRARY_PATH:-} PATH=$work/venv/bin:$PATH
 python "$here/flashinfer_prebuild.py" --work "$work/flashinfer" "$@"
-tar c -C "$work/flashinfer/.cache/flashinfer/$flashinfer/90a/cached_ops" --exclude='*.o' . |
+tar c -C "$work/flashinfer/.cache/flashinfer/$flashinfer/90a/cached_ops" --exclude='*.o' --exclude=./tmp . |
     xz -T2 -6 > "$work/flashinfer-modules.tar.xz"
 mv "$work/flashinfer-modules.tar.xz" "$out/"
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 ROUNDS = 3
 FORK = "fork-attn"
-ONE_BY_ONE = "stock, one thread after the other"
-IN_ONE_BATCH = "stock, one batch over copies"
+ONE_BY_ONE = "stock, one by one"
+IN_ONE_BATCH = "stock, batched"
 METHODS = (FORK, ONE_BY_ONE, IN_ONE_BATCH)
 
 

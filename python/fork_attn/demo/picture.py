@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from fork_attn.demo.picture_text import clip, wrap
+from fork_attn.demo.picture_text import wrap
 from fork_attn.demo.trace import Node, Trace, load
 
 WIDTH = 1200
@@ -29,14 +29,13 @@ text {{ font-family: {FONT}; font-size: 13px; fill: #30343b; }}
 .card {{ fill: #ffffff; stroke: #d5d9df; }}
 .cut {{ stroke: #ffffff; stroke-width: 2; }}
 .axis {{ stroke: #b4bac3; }}
-.copy {{ fill: none; stroke: #9aa1ab; stroke-dasharray: 2 2; }}
+.copy {{ fill-opacity: 0.3; }}
 @media (prefers-color-scheme: dark) {{
   text {{ fill: #dfe3ea; }}
   .faint {{ fill: #9aa3b0; }}
   .card {{ fill: #14171c; stroke: #333942; }}
   .cut {{ stroke: #14171c; }}
   .axis {{ stroke: #4a515c; }}
-  .copy {{ stroke: #6d7683; }}
 }}
 """
 
@@ -68,9 +67,7 @@ class _Drawing:
         self.left = (MARGIN, MARGIN + widths[0] + gap, WIDTH - MARGIN - widths[2])
         self.scale = [w / span for w, span in zip(widths, spans, strict=True)]
         self.widths = widths
-        self.texts = [
-            wrap(_quote(node), widths[1] - 8, lines=4) for node in threads
-        ]
+        self.texts = [wrap(_quote(node), widths[1] - 24, lines=4) for node in threads]
         heights = [BAR + 26 + LINE * len(lines) for lines in self.texts]
         self.tops = [116.0]
         for height in heights:
@@ -101,6 +98,12 @@ class _Drawing:
         css = f' class="{css}"' if css else ""
         anchor = f' text-anchor="{anchor}"' if anchor else ""
         self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}"{css}{anchor}>{escape(text)}</text>')
+
+    def _lines(self, x: float, y: float, lines: list[str], note: str = "") -> None:
+        for i, line in enumerate(lines):
+            self._text(x, y + i * LINE, line)
+        if note:
+            self._text(x, y + len(lines) * LINE + 10, note, "faint")
 
     def _bar(self, column: int, y: float, node: Node, fill: str) -> float:
         """A node's tokens, cut where a page ends; returns its right end."""
@@ -139,10 +142,8 @@ class _Drawing:
         pages = len(self.trace.prompt.pages)
         tokens = len(self.trace.prompt.token_ids)
         self._text(x, y - 10, f"{tokens} tokens on {pages} pages", "faint")
-        for i, line in enumerate(wrap(self.trace.prompt.label, self.widths[0], lines=5)):
-            self._text(x, y + BAR + 18 + i * LINE, line)
-        note_y = y + BAR + 30 + LINE * len(wrap(self.trace.prompt.label, self.widths[0], lines=5))
-        self._text(x, note_y, "shared by every thread: not copied", "faint")
+        lines = wrap(self.trace.prompt.label, self.widths[0], lines=6)
+        self._lines(x, y + BAR + 18, lines, "every thread sees these pages: no copy")
 
     def _thread(self, index: int, node: Node) -> None:
         x, y, fill = self.left[1], self.tops[index], colour(index)
@@ -170,8 +171,7 @@ class _Drawing:
             )
         else:
             self._text(x, top, first, "label")
-        for i, line in enumerate(rest):
-            self._text(x, top + (i + 1) * LINE, line)
+        self._lines(x, top + LINE, rest)
 
     def _conclusion(self) -> None:
         node, x, y = self.trace.conclusion, self.left[2], self.middle
@@ -179,9 +179,7 @@ class _Drawing:
         n = len(self.trace.threads)
         self._text(x, y - 10, f"sees the prompt and all {n} threads", "faint")
         lines = wrap(_quote(node), self.widths[2], lines=9)
-        for i, line in enumerate(lines):
-            self._text(x, y + BAR + 18 + i * LINE, line)
-        self._text(x, y + BAR + 30 + len(lines) * LINE, "nothing was read again", "faint")
+        self._lines(x, y + BAR + 18, lines, "nothing is read again")
 
     def _axis(self, y: float) -> None:
         trace = self.trace
@@ -205,39 +203,59 @@ class _Drawing:
         self._text(self.left[1] + 28, y + 17, text, "faint")
 
     def _memory(self, y: float) -> float:
-        """Pages as squares: what is stored, and what copies would take. Returns where it ends."""
+        """Pages as squares: what is stored, and what contexts that share nothing would take. Returns where it ends."""
         self._text(MARGIN, y, f"KV memory, in pages of {self.trace.page_size} tokens", "step")
-        stored, copied = self._squares()
-        label_width, side = 250.0, 13.0
-        room = WIDTH - MARGIN - label_width - MARGIN
-        side = min(side, room / max(1, len(copied)) - 3)
-        for row, (label, squares) in enumerate(
-            (("stored: every page once", stored), ("with a copy for every reader", copied))
-        ):
-            top = y + 14 + row * 26
-            self._text(MARGIN, top + 12, f"{label}", "faint")
-            for i, (fill, copy) in enumerate(squares):
-                x = MARGIN + label_width + i * (side + 3)
-                look = 'class="copy"' if copy else f'fill="{fill}"'
-                self.parts.append(
-                    f'<rect x="{x:.1f}" y="{top:.1f}" width="{side:.1f}" height="{side:.1f}" rx="2" {look}/>'
-                )
-            end = MARGIN + label_width + len(squares) * (side + 3) + 6
-            self._text(min(end, WIDTH - MARGIN - 30), top + 12, str(len(squares)), "label")
-        return y + 14 + 26 + side
+        left = MARGIN + 210.0
+        rows = (
+            ("fork-attn: each page once", [self._stored()]),
+            ("every context by itself", self._contexts()),
+        )
+        longest = max(sum(map(len, groups)) + len(groups) for _, groups in rows)
+        pitch = min(16.0, (WIDTH - MARGIN - 50 - left) / longest)
+        side = pitch * 0.8
+        for row, (label, groups) in enumerate(rows):
+            top, x = y + 16 + row * 26, left
+            self._text(MARGIN, top + 11, label, "faint")
+            for group in groups:
+                for fill, is_copy in group:
+                    look = ' class="copy"' if is_copy else ""
+                    self.parts.append(
+                        f'<rect x="{x:.1f}" y="{top:.1f}" width="{side:.1f}" height="13" rx="{side / 6:.1f}" '
+                        f'fill="{fill}"{look}/>'
+                    )
+                    x += pitch
+                x += pitch * 0.6
+            self._text(x, top + 11, str(sum(map(len, groups))), "label")
+        return y + 16 + 26 + 13
 
-    def _squares(self) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-        """(colour, is a copy) per page: the pages stored, and those of contexts that share nothing."""
-        trace = self.trace
-        fills = [TRUNK, *(colour(i) for i in range(len(trace.threads))), END]
+    def _stored(self) -> list[tuple[str, bool]]:
+        """(colour, False) of each page that is stored: the colour of whoever wrote in it first."""
         seen: set[int] = set()
         stored: list[tuple[str, bool]] = []
-        for node, fill in zip(trace.nodes, fills, strict=True):
-            new = [page for page, _ in node.pages if page not in seen]
-            seen.update(new)
-            stored += [(fill, False)] * len(new)
-        extra = trace.pages_with_copies - len(stored)
-        return stored, stored + [("", True)] * extra
+        for node in self.trace.nodes:
+            new = {page for page, _ in node.pages} - seen
+            seen |= new
+            stored += [(self._fill(node), False)] * len(new)
+        return stored
+
+    def _contexts(self) -> list[list[tuple[str, bool]]]:
+        """(colour, is a copy) of each page, by context, of a thread or the conclusion that shares nothing."""
+        groups = []
+        for node in self.trace.nodes[1:]:
+            context = [*(self.trace.nodes[parent] for parent in node.parents), node]
+            tokens = [owner for owner in context for _ in owner.token_ids]
+            groups.append(
+                [
+                    (self._fill(owner), owner is not node)
+                    for owner in tokens[:: self.trace.page_size]
+                ]
+            )
+        return groups
+
+    def _fill(self, node: Node) -> str:
+        if node.kind == "prompt":
+            return TRUNK
+        return END if node.kind == "conclusion" else colour(node.id - 1)
 
 
 def _quote(node: Node) -> str:

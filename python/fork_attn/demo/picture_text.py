@@ -17,10 +17,10 @@ def _advance(char: str) -> float:
     if unicodedata.east_asian_width(char) in "WF":
         return 13.5
     if char in _NARROW:
-        return 4.3
+        return 4.6
     if char in _WIDE:
-        return 11.2
-    return 8.8 if char.isupper() else 7.3
+        return 12.0
+    return 9.2 if char.isupper() else 7.9
 
 
 def clip(text: str, limit: float) -> str:

@@ -76,14 +76,18 @@ def print_comparison(console: Console, measured: Sequence[Measured], trace: Trac
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
     for result in measured:
-        table.add_column(result.method, justify="right", min_width=14)
+        table.add_column(result.method, justify="right", no_wrap=True)
     table.add_row("threads, tokens/s", *(f"{m.tokens_per_second:.1f}" for m in measured))
-    table.add_row("KV memory of the threads", *(f"{m.kv_bytes / 2**20:.1f} MiB" for m in measured))
-    table.add_row("giving threads the prompt", *(f"{m.fork_seconds * 1e3:.2f} ms" for m in measured))
-    table.add_row("threads to conclusion", *(f"{m.resume_seconds * 1e3:.0f} ms" for m in measured))
-    table.add_row("tokens read again for it", *(str(m.read_again) for m in measured))
+    table.add_row("KV of all threads", *(f"{m.kv_bytes / 2**20:.1f} MiB" for m in measured))
+    table.add_row("fork", *(f"{m.fork_seconds * 1e3:.2f} ms" for m in measured))
+    table.add_row("last thread to conclusion", *(f"{m.resume_seconds * 1e3:.0f} ms" for m in measured))
+    table.add_row("tokens read again", *(str(m.read_again) for m in measured))
     console.print(table)
     rounds = len(measured[0].rounds)
     same = all(m.token_ids == measured[0].token_ids for m in measured)
     verdict = "All write the same tokens." if same else "[yellow]Not all write the same tokens.[/]"
-    console.print(f"[dim]{trace.dtype}, CPU, median of {rounds} rounds taken in turn.[/] {verdict}")
+    console.print(
+        f"[dim]{trace.dtype} on the CPU, medians of {rounds} rounds taken in turn. Stock copies the prompt's cache "
+        f"for every thread (batched: a row each, padded), and reads the threads again to conclude.[/] {verdict}",
+        highlight=False,
+    )

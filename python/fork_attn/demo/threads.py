@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-PROMPT = "I want to plant a small vegetable garden behind my house. Give me some advice."
+PROMPT = "Should our town build a new bicycle path along the river?"
 OPENINGS = ("The main benefit is", "The main risk is", "The cost is", "The first step is")
-CLOSING = "\n\nIn summary,"
+CLOSING = "\n\nTo sum up: the benefit is"
 SYSTEM = "You are a helpful assistant."
-THREAD_TOKENS = (24, 40)
-CONCLUSION_TOKENS = (24, 56)
+THREAD_TOKENS = (24, 48)
+CONCLUSION_TOKENS = (44, 80)
 """Generated tokens: a text may end with a sentence from the first number on, and must at the second."""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -70,7 +71,7 @@ def converted_dir(cache_dir: Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars: the demo shows one of its own."""
+    """Without transformers' own progress bars and advice: the demo shows progress of its own."""
     from transformers.utils import logging
 
     was = logging.is_progress_bar_enabled()
@@ -96,7 +97,7 @@ def convert(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        with _quiet_transformers():
+        with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, local_files_only=True
             )
@@ -109,6 +110,7 @@ def convert(target: Path) -> None:
             )
             # Some transformers read the GGUF's bos id for eos; the model's config has the right one.
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+            tokenizer.clean_up_tokenization_spaces = False  # made for other kinds of tokenizers
             model.hf_quantizer = None  # else save_pretrained would write a quantized checkpoint
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config

@@ -1,0 +1,343 @@
+"""A ForkedKVCache beside its oracle: every verb runs on both, and `check` finds any difference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fork_attn import Branch, Draft, ForkAttnError, ForkedKVCache, NotDense, OutOfPages, Step
+from fork_attn.reference_cache import DeepCopyCache, Rows, Token
+from fork_attn.testing.tolerance import assert_close_to_oracle
+
+BIT_TYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the cache holds KV for. Layers differ in their window only."""
+
+    num_q_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 4
+    head_dim_v: int | None = None
+    windows: tuple[int | None, ...] = (None, 5)
+    dtype: torch.dtype = torch.float32
+
+
+class KVTable:
+    """Random K and V of token identities: any two tokens, layers or heads differ in their bytes."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._grow(4096)
+
+    def kv(self, layer: int, identities: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """K (n, num_kv_heads, head_dim) and V of these tokens in one layer."""
+        most = max(identities, default=0)
+        if most >= len(self._layers[0][0]):
+            self._grow(2 * most)
+        k, v = self._layers[layer]
+        at = torch.tensor(identities, dtype=torch.int64)
+        return k[at], v[at]
+
+    def _grow(self, rows: int) -> None:
+        m = self.model
+        k_shape, v_shape = ((m.num_kv_heads, d) for d in (m.head_dim, m.head_dim_v or m.head_dim))
+        new = [(torch.randn(rows, *k_shape), torch.randn(rows, *v_shape)) for _ in m.windows]
+        for (k, v), (old_k, old_v) in zip(new, self._layers, strict=False):
+            k[: len(old_k)], v[: len(old_v)] = old_k, old_v
+        self._layers = [(k.to(m.dtype), v.to(m.dtype)) for k, v in new]
+
+
+class CachePair:
+    """The cache, the oracle, and which branch of one is which of the other."""
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        *,
+        num_pages: int = 32,
+        page_size: int = 4,
+        tail: Literal["seal", "copy"] = "seal",
+        table: KVTable | None = None,
+        **options: Any,
+    ) -> None:
+        m = self.model = model or Model()
+        self.cache = ForkedKVCache(
+            num_layers=len(m.windows),
+            num_pages=num_pages,
+            num_q_heads=m.num_q_heads,
+            num_kv_heads=m.num_kv_heads,
+            head_dim=m.head_dim,
+            head_dim_v=m.head_dim_v,
+            sliding_window=list(m.windows),
+            page_size=page_size,
+            dtype=m.dtype,
+            tail=tail,
+            **options,
+        )
+        self.oracle = DeepCopyCache()
+        self.ids: dict[Branch, int] = {}
+        self.table = table or KVTable(m)
+        self._next_identity = 0
+        self.poison(torch.ones(num_pages, page_size, dtype=torch.bool))
+
+    # -- looking
+
+    def digest(self) -> int:
+        """A number for the whole state of the host's books."""
+        return self.cache._core.digest()
+
+    def slots(self, branch: Branch) -> list[int]:
+        """Where a branch's tokens lie, in context order."""
+        return self.cache._core.slots(branch._handle)
+
+    def tokens(self, branch: Branch) -> list[int]:
+        """Identities of what a branch sees, by the oracle."""
+        return [t.identity for t in self.oracle.tokens(self.ids[branch])]
+
+    def poison(self, slots: torch.Tensor) -> None:
+        """Fills slots, (num_pages, page_size) bool, with NaN in all layers."""
+        for layer in range(len(self.model.windows)):
+            for cache in self.cache.layer(layer):
+                cache[slots] = torch.nan
+
+    def check(self) -> None:
+        """The cache equals the oracle; slots that nobody sees are poisoned."""
+        self.cache.check()
+        assert set(self.cache.branches) == set(self.ids)
+        identities: list[int] = []
+        slots: list[int] = []
+        readers: dict[int, int] = {}
+        for branch, i in self.ids.items():
+            tokens = self.oracle.tokens(i)
+            at = self._check_branch(branch, tokens, self.oracle.position(i), readers)
+            identities += [t.identity for t in tokens]
+            slots += at
+        self._check_stats(readers)
+        self._check_bytes(identities, slots)
+
+    def _check_branch(
+        self, branch: Branch, tokens: list[Token], position: int, readers: dict[int, int]
+    ) -> list[int]:
+        core, handle, size = self.cache._core, branch._handle, self.cache.page_size
+        assert branch.alive and core.length(handle) == len(tokens)
+        assert core.position(handle) == position
+        assert core.positions(handle) == [t.position for t in tokens]
+        slots: list[int] = core.slots(handle)
+        assert len(slots) == len(tokens)
+        pages = {slot // size for slot in slots}
+        assert core.num_pages(handle) == len(pages)
+        for page in pages:
+            readers[page] = readers.get(page, 0) + 1
+        dense = [slots[t - t % size] + t % size for t in range(len(slots))] == slots and all(
+            slot % size == 0 for slot in slots[::size]
+        )
+        try:
+            table = core.page_table(handle)
+            assert dense and table == [slot // size for slot in slots[::size]]
+        except NotDense:
+            assert not dense
+        return slots
+
+    def _check_stats(self, readers: dict[int, int]) -> None:
+        stats = self.cache.stats()
+        assert stats.pages_live == len(readers)
+        assert stats.pages_free == stats.pages_total - len(readers)
+        assert stats.pages_shared == sum(count > 1 for count in readers.values())
+        assert (stats.branches, stats.pages_pending) == (len(self.ids), 0)
+
+    def _check_bytes(self, identities: list[int], slots: list[int]) -> None:
+        size, bits = self.cache.page_size, BIT_TYPES[self.model.dtype]
+        at = torch.tensor(slots, dtype=torch.int64)
+        unseen = torch.ones(self.cache.num_pages * size, dtype=torch.bool)
+        unseen[at] = False
+        for layer in range(len(self.model.windows)):
+            stored = self.cache.layer(layer)
+            for cache, want in zip(stored, self.table.kv(layer, identities), strict=True):
+                got = cache[at // size, at % size]
+                assert torch.equal(got.view(bits), want.view(bits)), "a token's bytes changed"
+        self.poison(unseen.view(-1, size))
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """What happens inside leaves the books as they are."""
+        before = self.digest()
+        yield
+        assert self.digest() == before
+
+    def raises(
+        self, error: type[Exception], match: str, call: Callable[[], object]
+    ) -> Exception:
+        """The call raises this very type with this message, and nothing changes."""
+        with self.unchanged():
+            try:
+                call()
+            except error as e:
+                assert type(e) is error, f"expected {error.__name__}, got {e!r}"
+                assert re.search(match, str(e)), f"expected {match!r} in {str(e)!r}"
+                return e
+        raise AssertionError(f"expected {error.__name__}, nothing was raised")
+
+    # -- verbs
+
+    def new_branch(self) -> Branch:
+        branch = self.cache.new_branch()
+        self.ids[branch] = self.oracle.new_branch()
+        return branch
+
+    def fork(self, branch: Branch, n: int = 1) -> list[Branch]:
+        children = branch.fork(n)
+        self.ids.update(zip(children, self.oracle.fork(self.ids[branch], n), strict=True))
+        return children
+
+    def fork_at(self, branch: Branch, length: int) -> Branch:
+        child = branch.fork_at(length)
+        self.ids[child] = self.oracle.fork_at(self.ids[branch], length)
+        return child
+
+    def join(
+        self,
+        branch: Branch,
+        children: Sequence[Branch],
+        position: Literal["max", "sum"] | int = "max",
+    ) -> None:
+        branch.join(children, position=position)
+        self.oracle.join(self.ids[branch], [self.ids[c] for c in children], position)
+        self._forget()
+
+    def select(self, branch: Branch, child: Branch) -> None:
+        branch.select(child)
+        self.oracle.select(self.ids[branch], self.ids[child])
+        self._forget()
+
+    def reorder(self, branches: Sequence[Branch], indices: Sequence[int]) -> None:
+        self.cache.reorder(branches, indices)
+        self.oracle.reorder([self.ids[b] for b in branches], indices)
+
+    def crop(self, branch: Branch, length: int) -> None:
+        branch.crop(length)
+        self.oracle.crop(self.ids[branch], length)
+
+    def excise(self, branch: Branch, start: int, end: int) -> None:
+        branch.excise(start, end)
+        self.oracle.excise(self.ids[branch], start, end)
+
+    def set_position(self, branch: Branch, position: int) -> None:
+        branch.position = position
+        self.oracle.set_position(self.ids[branch], position)
+
+    def free(self, *branches: Branch) -> None:
+        self.cache.free(branches)
+        self.oracle.free([self.ids[b] for b in branches])
+        self._forget()
+
+    def drop(self, branch: Branch) -> None:
+        """Forgets the handle; the caller holds no other reference. The next verb frees it."""
+        self.oracle.free([self.ids.pop(branch)])
+
+    def _forget(self) -> None:
+        self.ids = {b: i for b, i in self.ids.items() if i in self.oracle.branches}
+
+    # -- steps
+
+    def rows(
+        self,
+        counts: Mapping[Branch, int | Draft],
+        accept: Mapping[Branch, Sequence[int]] | None = None,
+    ) -> dict[int, Rows]:
+        """The oracle's rows of a step, with new tokens."""
+        rows = {}
+        for branch, count in counts.items():
+            draft = isinstance(count, Draft)
+            n = len(count.parents) if draft else count  # type: ignore[union-attr, arg-type]
+            parents = count.parents if draft else None  # type: ignore[union-attr]
+            path = (accept or {}).get(branch, ())
+            rows[self.ids[branch]] = Rows(self._new_tokens(n), parents, path)
+        return rows
+
+    def _new_tokens(self, n: int) -> list[Token]:
+        first = self._next_identity
+        self._next_identity += n
+        identities = range(first, first + n)
+        layers = [self.table.kv(layer, identities) for layer in range(len(self.model.windows))]
+        return [Token(i, 0, [(k[j], v[j]) for k, v in layers]) for j, i in enumerate(identities)]
+
+    def store(self, rows: Mapping[int, Rows], step: Step) -> None:
+        """Writes the rows' K and V in all layers."""
+        identities = [t.identity for new in rows.values() for t in new.tokens]
+        for layer in range(len(self.model.windows)):
+            self.cache._store(layer, *self.table.kv(layer, identities), step)
+
+    def attend(self, rows: Mapping[int, Rows], step: Step, **options: Any) -> None:
+        """Writes the rows' K and V and compares attention with the oracle, in all layers."""
+        identities = [t.identity for new in rows.values() for t in new.tokens]
+        m = self.model
+        for layer, window in enumerate(m.windows):
+            q = torch.randn(len(identities), m.num_q_heads, m.head_dim).to(m.dtype)
+            k, v = self.table.kv(layer, identities)
+            out = self.cache.attend(layer, q, k, v, step, **options)
+            want, _ = self.oracle.attend(rows, layer, q, window=window, **options)
+            same, _ = self.oracle.attend(
+                rows, layer, q, window=window, **{**options, "dtype": m.dtype}
+            )
+            assert_close_to_oracle(out, want, same, name=f"layer {layer}")
+
+    def check_open(self, step: Step, rows: Mapping[int, Rows]) -> None:
+        """What an open step says of its rows."""
+        placed = [self.oracle.place(i, new) for i, new in rows.items()]
+        ends = torch.tensor([0, *(len(p) for p in placed)]).cumsum(0)
+        lengths = [len(self.oracle.tokens(i)) + len(p) for i, p in zip(rows, placed, strict=True)]
+        assert [self.ids[b] for b in step.branches] == list(rows)
+        assert step.num_tokens == int(ends[-1])
+        assert step.cu_seqlens_q.tolist() == ends.tolist()
+        assert step.last_indices.tolist() == (ends[1:] - 1).tolist()
+        assert step.seqlens_k.tolist() == lengths
+        assert step.position_ids.tolist() == [t.position for p in placed for t in p]
+        slots = step.slot_mapping.tolist()
+        seen = {slot for branch in self.ids for slot in self.slots(branch)}
+        assert len(set(slots)) == len(slots) and not seen.intersection(slots)
+
+    def step(
+        self,
+        counts: Mapping[Branch, int | Draft],
+        accept: Mapping[Branch, Sequence[int]] | None = None,
+        *,
+        attend: bool = False,
+        **options: Any,
+    ) -> None:
+        """A whole step, committed on both sides. `accept` gives the paths of drafts; a draft
+        without one is dropped.
+
+        Raises:
+            OutOfPages: the pool is too small; checked to have changed nothing.
+        """
+        step = self.open(counts)
+        rows = self.rows(counts, accept)
+        with step:
+            self.check_open(step, rows)
+            if attend:
+                self.attend(rows, step, **options)
+            else:
+                self.store(rows, step)
+            for branch, path in (accept or {}).items():
+                step.accept(path, branch)
+        assert step.state == "committed"
+        self.oracle.step(rows)
+
+    def open(self, counts: Mapping[Branch, int | Draft]) -> Step:
+        """Opens a step."""
+        before = self.digest()
+        try:
+            return self.cache.step(counts)
+        except ForkAttnError as e:
+            assert self.digest() == before
+            if isinstance(e, OutOfPages):
+                assert e.needed > e.free == self.cache.stats().pages_free and e.pending == 0
+            raise

@@ -1,0 +1,325 @@
+"""Random operations against the deep-copy oracle, in pools so tight that a fifth of the allocating
+ones run out of pages."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from typing import Literal
+
+import pytest
+from cache_pair import CachePair, KVTable, Model
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from fork_attn import Branch, Draft, DuplicateBranch, OutOfPages, StaleBranch, StepOpen
+
+OPERATIONS = 20_000
+STEPS_PER_EXAMPLE = 50
+CASES = [(tail, size) for tail in ("seal", "copy") for size in (1, 3, 16, 64)]
+MOST_BRANCHES = 24
+
+TABLE = KVTable(Model())
+which = st.integers(0, 1000)  # a branch, taken modulo the number of live ones
+some = st.lists(which, min_size=1, max_size=4)
+fraction = st.integers(0, 24)  # of a length, in 24ths
+mostly = st.sampled_from([24, 23, 23, 22, 20, 12, 0])  # of a length, to keep
+amount = st.sampled_from([0, 1, 2, 3, 4, 8, 9])  # of the free slots, in 8ths; 9: a page too many
+
+
+class CacheMachine(RuleBasedStateMachine):
+    page_size = 16
+    tail: Literal["seal", "copy"] = "seal"
+    counts: Counter[str] = Counter()
+
+    @initialize(num_pages=st.integers(4, 40))
+    def open_cache(self, num_pages: int) -> None:
+        self.pair = CachePair(
+            Model(), num_pages=num_pages, page_size=self.page_size, tail=self.tail, table=TABLE
+        )
+        self.freed: Branch | None = None
+        self.pair.new_branch()
+
+    def live(self, i: int) -> Branch:
+        branches = list(self.pair.ids)
+        return branches[i % len(branches)]
+
+    def several(self, picks: list[int]) -> list[Branch]:
+        return list(dict.fromkeys(self.live(i) for i in picks))
+
+    def length(self, branch: Branch, part: int) -> int:
+        return branch.length * part // 24
+
+    def tokens(self, part: int) -> int:
+        free = self.pair.cache.stats().pages_free * self.page_size
+        return max(1, free + 2 * self.page_size if part == 9 else free * part // 8)
+
+    def room(self) -> bool:
+        return len(self.pair.ids) < MOST_BRANCHES
+
+    def some_live(self) -> bool:
+        return len(self.pair.ids) > 0
+
+    def crowded(self) -> bool:
+        return len(self.pair.ids) > 3 and self.pair.cache.stats().pages_free < 3
+
+    def try_step(
+        self,
+        tokens: dict[Branch, int | Draft],
+        accept: dict[Branch, list[int]] | None = None,
+        attend: bool = False,
+    ) -> None:
+        self.counts["allocating"] += 1
+        try:
+            self.pair.step(tokens, accept, attend=attend)
+        except OutOfPages:
+            self.counts["out of pages"] += 1
+
+    @invariant()
+    def equals_the_oracle(self) -> None:
+        if hasattr(self, "pair"):
+            self.counts["operations"] += 1
+            self.pair.check()
+
+    # -- verbs
+
+    @precondition(lambda self: len(self.pair.ids) < 3)
+    @rule()
+    def new_branch(self) -> None:
+        self.pair.new_branch()
+
+    @precondition(lambda self: self.some_live() and self.room())
+    @rule(i=which, n=st.integers(1, 3))
+    def fork(self, i: int, n: int) -> None:
+        self.pair.fork(self.live(i), n)
+
+    @precondition(lambda self: self.some_live() and self.room())
+    @rule()
+    def fork_the_youngest(self) -> None:
+        self.pair.fork(self.live(-1))
+
+    @precondition(lambda self: self.some_live() and self.room())
+    @rule(i=which, part=mostly)
+    def fork_at(self, i: int, part: int) -> None:
+        branch = self.live(i)
+        self.pair.fork_at(branch, self.length(branch, part))
+
+    @precondition(lambda self: len(self.pair.ids) > 1)
+    @rule(
+        picks=st.lists(which, min_size=2, max_size=4),
+        position=st.one_of(st.sampled_from(["max", "sum"]), st.integers(0, 50)),
+    )
+    def join(self, picks: list[int], position: Literal["max", "sum"] | int) -> None:
+        parent, *children = self.several(picks)
+        if children:
+            self.freed = children[-1]
+            self.pair.join(parent, children, position)
+
+    @precondition(some_live)
+    @rule(i=which, j=which)
+    def select(self, i: int, j: int) -> None:
+        pair, parent = self.pair, self.live(i)
+        below = pair.oracle.descendants(pair.ids[parent])
+        if not below:
+            pair.raises(ValueError, "child: expected a descendant", lambda: parent.select(parent))
+            return
+        child = next(b for b, k in pair.ids.items() if k == below[j % len(below)])
+        self.freed = child
+        pair.select(parent, child)
+
+    @precondition(some_live)
+    @rule(picks=some, indices=st.lists(which, min_size=4, max_size=4))
+    def reorder(self, picks: list[int], indices: list[int]) -> None:
+        branches = self.several(picks)
+        self.pair.reorder(branches, [i % len(branches) for i in indices[: len(branches)]])
+
+    @precondition(some_live)
+    @rule(i=which, part=mostly)
+    def crop(self, i: int, part: int) -> None:
+        branch = self.live(i)
+        self.pair.crop(branch, self.length(branch, part))
+
+    @precondition(some_live)
+    @rule(i=which, part=fraction, other=fraction)
+    def excise(self, i: int, part: int, other: int) -> None:
+        branch = self.live(i)
+        start, end = sorted((self.length(branch, part), self.length(branch, other)))
+        self.pair.excise(branch, start, end)
+
+    @precondition(some_live)
+    @rule(i=which, by=st.integers(-3, 9))
+    def set_position(self, i: int, by: int) -> None:
+        branch = self.live(i)
+        self.pair.set_position(branch, max(0, branch.position + by))
+
+    @precondition(some_live)
+    @rule(picks=some)
+    def free(self, picks: list[int]) -> None:
+        branches = self.several(picks)
+        self.freed = branches[0]
+        self.pair.free(*branches)
+
+    @precondition(crowded)
+    @rule(picks=st.lists(which, min_size=3, max_size=4))
+    def make_room(self, picks: list[int]) -> None:
+        self.free(picks)
+
+    @precondition(some_live)
+    @rule(i=which)
+    def drop(self, i: int) -> None:
+        branch = self.live(i)
+        if branch is not self.freed:
+            self.pair.drop(branch)
+            del branch
+            gc.collect(0)
+
+    # -- steps
+
+    @precondition(some_live)
+    @rule(i=which, n=st.integers(1, 5))
+    def step_one(self, i: int, n: int) -> None:
+        self.try_step({self.live(i): n})
+
+    @precondition(some_live)
+    @rule(picks=some, n=st.integers(1, 3), part=amount)
+    def step_several(self, picks: list[int], n: int, part: int) -> None:
+        first, *rest = self.several(picks)
+        self.try_step({first: self.tokens(part), **dict.fromkeys(rest, n)})
+
+    @precondition(some_live)
+    @rule(i=which, part=amount)
+    def step_large(self, i: int, part: int) -> None:
+        self.try_step({self.live(i): self.tokens(part)})
+
+    @precondition(some_live)
+    @rule(picks=some, part=amount)
+    def step_evenly(self, picks: list[int], part: int) -> None:
+        branches = self.several(picks)
+        self.try_step(dict.fromkeys(branches, max(1, self.tokens(part) // len(branches))))
+
+    @precondition(some_live)
+    @rule(picks=some, n=st.integers(1, 4))
+    def step_and_attend(self, picks: list[int], n: int) -> None:
+        self.try_step(dict.fromkeys(self.several(picks), n), attend=True)
+
+    @precondition(some_live)
+    @rule(
+        picks=some,
+        choices=st.lists(st.integers(0, 99), min_size=1, max_size=6),
+        leaf=st.integers(-1, 5),
+        attend=st.booleans(),
+    )
+    def step_draft(self, picks: list[int], choices: list[int], leaf: int, attend: bool) -> None:
+        first, *rest = self.several(picks)
+        parents = [choice % (i + 1) - 1 for i, choice in enumerate(choices)]
+        path: list[int] = []
+        at = min(leaf, len(parents) - 1)
+        while at >= 0:
+            path.insert(0, at)
+            at = parents[at]
+        accept = {} if leaf == 5 else {first: path}
+        self.try_step({first: Draft(parents), **dict.fromkeys(rest, 1)}, accept, attend)
+
+    @precondition(some_live)
+    @rule(picks=some, n=st.integers(1, 9), how=st.sampled_from(["rollback", "error", "drop"]))
+    def step_abandoned(self, picks: list[int], n: int, how: str) -> None:
+        pair, branches = self.pair, self.several(picks)
+        self.counts["allocating"] += 1
+        with pair.unchanged():
+            try:
+                step = pair.open(dict.fromkeys(branches, n))
+            except OutOfPages:
+                self.counts["out of pages"] += 1
+                return
+            pair.cache.check()
+            pair.store(pair.rows(dict.fromkeys(branches, n)), step)
+            self.refused_while_open(branches[0])
+            if how == "rollback":
+                step.rollback()
+            elif how == "error":
+                with pytest.raises(KeyError), step:
+                    raise KeyError
+            del step
+
+    def refused_while_open(self, b: Branch) -> None:
+        cache, raises = self.pair.cache, self.pair.raises
+        for call in (
+            cache.new_branch,
+            b.fork,
+            lambda: b.fork_at(0),
+            lambda: b.join([b]),
+            lambda: b.select(b),
+            lambda: b.crop(0),
+            lambda: b.excise(0, 0),
+            lambda: setattr(b, "position", 0),
+            b.free,
+            lambda: cache.reorder([b], [0]),
+            lambda: cache.step({b: 1}),
+        ):
+            raises(StepOpen, "a step is open", call)
+
+    # -- bad input
+
+    @precondition(lambda self: self.freed is not None and not self.freed.alive)
+    @rule()
+    def use_a_freed_branch(self) -> None:
+        pair, freed = self.pair, self.freed
+        assert freed is not None
+        for call in (
+            freed.fork,
+            lambda: freed.crop(0),
+            freed.free,
+            lambda: pair.cache.step({freed: 1}),
+        ):
+            pair.raises(StaleBranch, "was freed", call)
+
+    @precondition(some_live)
+    @rule(i=which, beyond=st.integers(1, 4))
+    def use_bad_arguments(self, i: int, beyond: int) -> None:
+        pair, b = self.pair, self.live(i)
+        end = b.length + beyond
+        pair.raises(ValueError, "length: expected", lambda: b.crop(end))
+        pair.raises(ValueError, "length: expected", lambda: b.fork_at(end))
+        pair.raises(ValueError, "expected", lambda: b.excise(0, end))
+        pair.raises(ValueError, "n: expected", lambda: b.fork(0))
+        pair.raises(ValueError, "tokens: expected", lambda: pair.cache.step({b: 0}))
+        pair.raises(ValueError, "joined with itself", lambda: b.join([b]))
+        pair.raises(DuplicateBranch, "given twice", lambda: pair.cache.free([b, b]))
+
+    def teardown(self) -> None:
+        if hasattr(self, "pair"):
+            self.pair.free(*self.pair.ids)
+            stats = self.pair.cache.stats()
+            assert (stats.pages_free, stats.segments) == (stats.pages_total, 0)
+
+
+@pytest.mark.parametrize(("tail", "page_size"), CASES)
+def test_random_operations_equal_the_oracle(
+    tail: Literal["seal", "copy"], page_size: int, record_property: pytest.RecordProperty
+) -> None:
+    counts: Counter[str] = Counter()
+    machine = type("Machine", (CacheMachine,), dict(tail=tail, page_size=page_size, counts=counts))
+    operations = OPERATIONS // len(CASES)
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=3 * operations // (2 * STEPS_PER_EXAMPLE),
+            stateful_step_count=STEPS_PER_EXAMPLE,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    share = counts["out of pages"] / counts["allocating"]
+    for name, value in (*counts.items(), ("share", share)):
+        record_property(name, value)
+    print(f"\n{dict(counts)}, {share:.1%} of steps out of pages")
+    assert counts["operations"] >= operations
+    assert 0.08 < share < 0.4, "the pools are too large or too small to test anything"
