@@ -94,12 +94,17 @@ build/stage:
 
 # The interpreter is not instrumented, so ASan comes first by preload; libstdc++ with it, or the
 # first C++ exception aborts. Python itself leaks by design.
+SANITIZED_TESTS := tests/test_state_machine.py tests/test_cpu_kernels.py tests/test_cpu_copies.py \
+	tests/test_ops.py
 ASAN := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/stage
+	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/sanitized/report \
+	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/sanitized/report \
+	PYTHONPATH=build/stage
 
 sanitize: build/sanitized build/stage $(VENV)/.installed-dev  ## C++ and cache tests under ASan and UBSan
 	$(CMAKE) --build build/sanitized --target cpp_tests _C
 	cd build/sanitized && ctest --output-on-failure --no-tests=error
-	cp build/sanitized/_C*.so build/stage/fork_attn/
+	cp build/sanitized/_C*.so build/stage/fork_attn/ && rm -f build/sanitized/report.*
 	$(ASAN) $(PY) -c "from fork_attn import _C; assert _C.build_info()['sanitized'], _C.__file__"
-	$(ASAN) $(PY) -m pytest -q -s -p no:cacheprovider $(SANITIZED_TESTS)
+	$(ASAN) $(PY) -m pytest -q -n 2 -p no:cacheprovider $(SANITIZED_TESTS) || \
+		{ cat build/sanitized/report.*; exit 1; }

@@ -1,4 +1,4 @@
-"""Two threads think on from one prompt, in one batch over shared pages; then one context holds both.
+"""Two threads go on from one prompt, in one batch over shared pages; then one context holds both.
 
 Runs anywhere: the model is tiny and random. With a real one, only `tiny_llama()` changes.
 """
@@ -27,9 +27,7 @@ def main() -> None:
 
     for _ in range(8):
         logits = hf.forward(model, feed)  # one pass for all threads
-        feed = {
-            thread: [int(row.argmax())] for thread, row in zip(feed, logits, strict=True)
-        }
+        feed = {thread: [int(row.argmax())] for thread, row in zip(feed, logits, strict=True)}
     print(cache.render())
 
     # The last token of each thread is not in the cache yet: `pending` feeds it before the join.

@@ -13,8 +13,10 @@ from fork_attn.reference_cache import DeepCopyCache, Rows, Token
 INF = math.inf
 
 
-def _rows(*identities: int, parents: list[int] | None = None, path: list[int] | None = None) -> Rows:
-    return Rows([Token(i, 0) for i in identities], parents, path or [])
+def _rows(
+    *identities: int, parents: list[int] | None = None, path: list[int] | None = None
+) -> Rows:
+    return Rows([Token(i, 0) for i in identities], parents, path)
 
 
 def _ids(cache: DeepCopyCache, branch: int) -> list[int]:
@@ -87,7 +89,7 @@ def test_positions_of_plain_and_drafted_tokens() -> None:
     cache = DeepCopyCache()
     b = cache.new_branch()
     cache.step({b: _rows(1, 2)})
-    cache.step({b: _rows(10, 11, 12, 13, parents=[-1, 0, 0, -1], path=[0, 2])})
+    cache.step({b: _rows(10, 11, 12, 13, parents=[-1, 0, 0, -1], path=(0, 2))})
     assert _ids(cache, b) == [1, 2, 10, 12] and _positions(cache, b) == [0, 1, 2, 3]
     assert cache.position(b) == 4
     placed = cache.place(b, _rows(20, 21, 22, parents=[-1, -1, 1]))

@@ -1,4 +1,5 @@
-// Merging attention states over disjoint sets of keys by their log-sum-exps (FlashAttention-2, arXiv 2307.08691).
+// Merging attention states over disjoint sets of keys by their log-sum-exps (FlashAttention-2,
+// arXiv 2307.08691).
 #pragma once
 
 #include <cmath>
@@ -9,9 +10,9 @@
 
 namespace fork_attn::cpu {
 
-// Adds up normalised states in the order in which `for_each` passes them to its argument, as (out, lse) with `dim`
-// values each. On return acc holds the unnormalised sum and the result what to multiply it with. No state, or only
-// empty ones (lse = -inf): scale 0.
+// Adds up normalised states in the order in which `for_each` passes them to its argument, as (out,
+// lse) with `dim` values each. On return acc holds the unnormalised sum and the result what to
+// multiply it with. No state, or only empty ones (lse = -inf): scale 0.
 template <class ForEach>
 RowEnd merge_head(const ForEach& for_each, int32_t dim, const float* sink, float* acc) {
   float max = -std::numeric_limits<float>::infinity();

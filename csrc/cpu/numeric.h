@@ -40,7 +40,8 @@ inline float to_float(Float16 x) {
   return bits_float(sign | ((rest << 13) + (112u << 23)));
 }
 
-// The converters below round to nearest, ties to even. NaN stays NaN; beyond the largest finite value comes Inf.
+// The converters below round to nearest, ties to even. NaN stays NaN; beyond the largest finite
+// value comes Inf.
 
 inline void from_float(float x, float& out) { out = x; }
 
@@ -60,7 +61,8 @@ inline void from_float(float x, Float16& out) {
     half = 0x7e00u;
   } else if (rest >= 0x477ff000u) {  // 65520 and above
     half = 0x7c00u;
-  } else if (rest < 0x38800000u) {  // below 2^-14: adding 1/2, whose last place is 2^-24, rounds to subnormals
+  } else if (rest < 0x38800000u) {  // below 2^-14: adding 1/2, whose last place is 2^-24, rounds to
+                                    // subnormals
     half = float_bits(bits_float(rest) + 0.5f) - float_bits(0.5f);
   } else {
     half = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;

@@ -31,6 +31,8 @@ class PlanView {
   const int64_t* words_;
 };
 
-inline uint64_t low_bits(int count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+inline uint64_t low_bits(int count) {
+  return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+}
 
 }  // namespace fork_attn::cpu

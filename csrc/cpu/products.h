@@ -27,11 +27,11 @@ constexpr int kBlockVectors = 4;
 constexpr int kBlockVectors = kLanes == 16 ? 4 : 2;
 #endif
 
-// c = a b, or c = c * decay[row] + a b where decay is given, for kRows rows and kVectors vectors of columns.
-// The product is summed up on its own first: long contexts then lose less to rounding.
+// c = a b, or c = c * decay[row] + a b where decay is given, for kRows rows and kVectors vectors of
+// columns. The product is summed up on its own first: long contexts then lose less to rounding.
 template <int kRows, int kVectors, class Rows>
-void multiply_block(const float* a, int64_t a_stride, Rows b, int column, int depth, float* c, int64_t c_stride,
-                    const float* decay) {
+void multiply_block(const float* a, int64_t a_stride, Rows b, int column, int depth, float* c,
+                    int64_t c_stride, const float* decay) {
   VecF sum[kRows][kVectors] = {};
   for (int k = 0; k < depth; ++k) {
     const float* row = b.row(k) + column;
@@ -56,30 +56,43 @@ void multiply_block(const float* a, int64_t a_stride, Rows b, int column, int de
 }
 
 template <int kVectors, class Rows>
-void multiply_columns(const float* a, int64_t a_stride, int num_rows, Rows b, int column, int depth, float* c,
-                      int64_t c_stride, const float* decay) {
+void multiply_columns(const float* a, int64_t a_stride, int num_rows, Rows b, int column, int depth,
+                      float* c, int64_t c_stride, const float* decay) {
   for (int i = 0; i < num_rows; i += kBlockRows) {
     const float* ai = a + i * a_stride;
     float* ci = c + i * c_stride;
     const float* di = decay == nullptr ? nullptr : decay + i;
     switch (num_rows - i) {
-      case 1: multiply_block<1, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di); break;
-      case 2: multiply_block<2, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di); break;
-      case 3: multiply_block<3, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di); break;
-      case 4: multiply_block<4, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di); break;
-      case 5: multiply_block<5, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di); break;
-      default: multiply_block<kBlockRows, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di);
+      case 1:
+        multiply_block<1, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di);
+        break;
+      case 2:
+        multiply_block<2, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di);
+        break;
+      case 3:
+        multiply_block<3, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di);
+        break;
+      case 4:
+        multiply_block<4, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di);
+        break;
+      case 5:
+        multiply_block<5, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di);
+        break;
+      default:
+        multiply_block<kBlockRows, kVectors>(ai, a_stride, b, column, depth, ci, c_stride, di);
     }
   }
 }
 
-// c (num_rows x num_vectors * kLanes) = a (num_rows x depth) times b, or c * decay[row] + that product.
+// c (num_rows x num_vectors * kLanes) = a (num_rows x depth) times b, or c * decay[row] + that
+// product.
 template <class Rows>
-void multiply(const float* a, int64_t a_stride, int num_rows, Rows b, int depth, int num_vectors, float* c,
-              int64_t c_stride, const float* decay) {
+void multiply(const float* a, int64_t a_stride, int num_rows, Rows b, int depth, int num_vectors,
+              float* c, int64_t c_stride, const float* decay) {
   int v = 0;
   for (; v + kBlockVectors <= num_vectors; v += kBlockVectors) {
-    multiply_columns<kBlockVectors>(a, a_stride, num_rows, b, v * kLanes, depth, c, c_stride, decay);
+    multiply_columns<kBlockVectors>(a, a_stride, num_rows, b, v * kLanes, depth, c, c_stride,
+                                    decay);
   }
   for (; v + 2 <= num_vectors; v += 2) {
     multiply_columns<2>(a, a_stride, num_rows, b, v * kLanes, depth, c, c_stride, decay);
@@ -89,8 +102,8 @@ void multiply(const float* a, int64_t a_stride, int num_rows, Rows b, int depth,
   }
 }
 
-// Writes rows [0, count) of k, each `width` floats, as columns of out (width x kTileSlots). Columns up to the next
-// multiple of kLanes become copies of the last row.
+// Writes rows [0, count) of k, each `width` floats, as columns of out (width x kTileSlots). Columns
+// up to the next multiple of kLanes become copies of the last row.
 void transpose_rows(const float* const* k, int count, int width, float* out) {
   for (int n = 0; n < count; n += kLanes) {
     for (int d = 0; d < width; d += kLanes) {
@@ -107,14 +120,17 @@ void transpose_rows(const float* const* k, int count, int width, float* out) {
 // Four accumulators alone would wait for each other's additions, and round more.
 constexpr int kDotSums = kLanes == 4 ? 2 : 1;
 
-FORK_ATTN_INLINE void add_products(const float* q, const float* const* rows, int column, VecF* sum) {
+FORK_ATTN_INLINE void add_products(const float* q, const float* const* rows, int column,
+                                   VecF* sum) {
   const VecF left = load(q);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) sum[i] += left * load(rows[i] + column);
 }
 
-// scores[i][n] = q[i] . k[n], by dot products: for few rows cheaper than transposing k. Columns past `count` as above.
-void dot_products(const float* q, int num_rows, int width, const float* const* k, int count, float* scores) {
+// scores[i][n] = q[i] . k[n], by dot products: for few rows cheaper than transposing k. Columns
+// past `count` as above.
+void dot_products(const float* q, int num_rows, int width, const float* const* k, int count,
+                  float* scores) {
   for (int n = 0; n < count; n += kLanes) {
     const float* rows[kLanes];
     for (int i = 0; i < kLanes; ++i) rows[i] = k[n + i < count ? n + i : count - 1];
@@ -123,7 +139,8 @@ void dot_products(const float* q, int num_rows, int width, const float* const* k
       int d = 0;
       for (; d + kDotSums * kLanes <= width; d += kDotSums * kLanes) {
 #pragma GCC unroll 2
-        for (int s = 0; s < kDotSums; ++s) add_products(q + m * width + d + s * kLanes, rows, d + s * kLanes, sum[s]);
+        for (int s = 0; s < kDotSums; ++s)
+          add_products(q + m * width + d + s * kLanes, rows, d + s * kLanes, sum[s]);
       }
       for (; d < width; d += kLanes) add_products(q + m * width + d, rows, d, sum[0]);
 #pragma GCC unroll 16

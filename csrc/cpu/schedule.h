@@ -1,5 +1,5 @@
-// How a plan's items are shared out among threads: large items are cut into stretches of slots, and every query row
-// learns which partial results make it up, in a fixed order.
+// How a plan's items are shared out among threads: large items are cut into stretches of slots, and
+// every query row learns which partial results make it up, in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,9 @@ class Schedule {
   explicit Schedule(const TreeAttentionParams& params);
 
   int threads() const { return threads_; }
-  const std::vector<Unit>& units() const { return units_; }  // for KV head 0; every head does the same
+  const std::vector<Unit>& units() const {
+    return units_;
+  }  // for KV head 0; every head does the same
   int64_t num_partial_rows() const { return num_partial_rows_; }
 
   // True if a unit writes the row's final output itself.
@@ -50,7 +52,7 @@ class Schedule {
   int threads_ = 1;
   std::vector<Unit> units_;
   int64_t num_partial_rows_ = 0;
-  std::vector<Source> sources_;      // of the plan's partial rows, then of rows whose only item was cut
+  std::vector<Source> sources_;  // of the plan's partial rows, then of rows whose only item was cut
   std::vector<int32_t> own_source_;  // per query row: kNone, kWritten or an index of sources_
 };
 

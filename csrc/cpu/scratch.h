@@ -10,12 +10,13 @@
 
 namespace fork_attn::cpu {
 
-constexpr int kChunkRows = 48;      // rows whose scores are held at once: one L1 cache with the K tile
+constexpr int kChunkRows = 48;  // rows whose scores are held at once: one L1 cache with the K tile
 constexpr int kScratchLanes = 16;  // the widest vector, in floats
 
 inline int64_t padded(int64_t n) { return (n + kScratchLanes - 1) / kScratchLanes * kScratchLanes; }
 
-// Sections of one thread's scratch, in floats; each begins on 64 bytes. Rows are tokens x query heads of a group.
+// Sections of one thread's scratch, in floats; each begins on 64 bytes. Rows are tokens x query
+// heads of a group.
 struct ScratchLayout {
   int64_t q, out, max, sum, decay, scores, k_rows, k_columns, v_rows, total;
 

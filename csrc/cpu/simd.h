@@ -1,6 +1,6 @@
-// Vectors of kLanes floats with the compiler's vector extensions. Included by one translation unit per instruction set
-// level, which defines FORK_ATTN_LANES first; everything has internal linkage, so that code for a wide level can never
-// stand in for the same function of a narrow one.
+// Vectors of kLanes floats with the compiler's vector extensions. Included by one translation unit
+// per instruction set level, which defines FORK_ATTN_LANES first; everything has internal linkage,
+// so that code for a wide level can never stand in for the same function of a narrow one.
 #pragma once
 
 #ifndef FORK_ATTN_LANES
@@ -68,10 +68,12 @@ FORK_ATTN_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
 
 template <int X, bool kSwapA, bool kSwapB, int... I>
 FORK_ATTN_INLINE VecF mix_lanes(VecF a, VecF b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, ((I & X) ? kLanes + (I ^ (kSwapB ? X : 0)) : (I ^ (kSwapA ? X : 0)))...);
+  return __builtin_shufflevector(
+      a, b, ((I & X) ? kLanes + (I ^ (kSwapB ? X : 0)) : (I ^ (kSwapA ? X : 0)))...);
 }
 
-// Lane i is that of b where bit X of i is set, else that of a; a swapped operand gives lane i ^ X instead of i.
+// Lane i is that of b where bit X of i is set, else that of a; a swapped operand gives lane i ^ X
+// instead of i.
 template <int X, bool kSwapA, bool kSwapB>
 FORK_ATTN_INLINE VecF mix(VecF a, VecF b) {
   return mix_lanes<X, kSwapA, kSwapB>(a, b, Lanes{});
@@ -101,7 +103,8 @@ FORK_ATTN_INLINE float sum_of_lanes(VecF v) {
 template <int X = kLanes / 2>
 FORK_ATTN_INLINE VecF sum_each(VecF* v) {
 #pragma GCC unroll 16
-  for (int i = 0; i < X; ++i) v[i] = mix<X, false, false>(v[i], v[i + X]) + mix<X, true, true>(v[i], v[i + X]);
+  for (int i = 0; i < X; ++i)
+    v[i] = mix<X, false, false>(v[i], v[i + X]) + mix<X, true, true>(v[i], v[i + X]);
   if constexpr (X > 1) {
     return sum_each<X / 2>(v);
   } else {
@@ -123,12 +126,14 @@ FORK_ATTN_INLINE void transpose(VecF* v) {
   if constexpr (X > 1) transpose<X / 2>(v);
 }
 
-// e^x for x <= 88, within 2 units in the last place; 0 where the result would be subnormal. NaN stays NaN.
+// e^x for x <= 88, within 2 units in the last place; 0 where the result would be subnormal. NaN
+// stays NaN.
 FORK_ATTN_INLINE VecF exp(VecF x) {
   constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer in the low bits
   const VecF shifted = x * 1.44269504f + kRound;
   const VecF n = shifted - kRound;
-  const VecF r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts: the first product is exact
+  const VecF r = (x - n * 0x1.62e4p-1f) -
+                 n * 0x1.7f7d1cp-20f;  // ln 2 in two parts: the first product is exact
   VecF p = r * 1.3814596e-3f + 8.3687175e-3f;
   p = p * r + 4.1668389e-2f;
   p = p * r + 1.6666521e-1f;

@@ -11,7 +11,8 @@ struct RowEnd {
   float lse;
 };
 
-// `sum` holds the sum of exp(score - max). A sink joins the denominator alone. An empty row gets scale 0.
+// `sum` holds the sum of exp(score - max). A sink joins the denominator alone. An empty row gets
+// scale 0.
 inline RowEnd end_row(float max, float sum, const float* sink) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   if (sum == 0.0f) return {0.0f, sink == nullptr ? -kInfinity : *sink};

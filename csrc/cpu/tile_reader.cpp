@@ -7,8 +7,8 @@ namespace fork_attn::cpu {
 
 int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, int kv_head, int64_t begin,
-                       int64_t end)
+TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, int kv_head,
+                       int64_t begin, int64_t end)
     : plan_(params.plan),
       k_(params.k_cache),
       v_(params.v_cache),
@@ -42,7 +42,8 @@ uint64_t TileReader::visibility(const PlanRun& run, int64_t j) const {
     word &= ~low_bits(static_cast<int>(hidden));
   }
   if (run.kind & kWindow) {
-    const int64_t newest = plan_.header().window + run.first_position + j;  // the first position past the window
+    const int64_t newest =
+        plan_.header().window + run.first_position + j;  // the first position past the window
     if (max_position_ >= newest) {
       for (uint64_t rest = word; rest != 0; rest &= rest - 1) {
         if (positions_[std::countr_zero(rest)] >= newest) word &= ~(rest & -rest);
@@ -70,7 +71,8 @@ bool TileReader::next(Tile& tile) {
                     (page * k_.page_stride + offset_ * k_.slot_stride + head_k_) * element_size_;
     const char* v = static_cast<const char*>(v_.data) +
                     (page * v_.page_stride + offset_ * v_.slot_stride + head_v_) * element_size_;
-    const int64_t count = std::min<int64_t>({page_size - offset_, run.num_slots - j_, left_, kTileSlots - tile.count});
+    const int64_t count = std::min<int64_t>(
+        {page_size - offset_, run.num_slots - j_, left_, kTileSlots - tile.count});
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t word = visibility(run, j_ + i);
       if (word == 0) continue;

@@ -18,12 +18,13 @@ struct Tile {
   uint64_t words[kTileSlots];  // bit t: token t of the block sees the slot; never zero
 };
 
-// Slots that no token sees are left out of the tiles, so memory that was never written is never read. Short runs share
-// tiles.
+// Slots that no token sees are left out of the tiles, so memory that was never written is never
+// read. Short runs share tiles.
 class TileReader {
  public:
   // Reads slots [begin, end) of the item's runs laid end to end.
-  TileReader(const TreeAttentionParams& params, const PlanItem& item, int kv_head, int64_t begin, int64_t end);
+  TileReader(const TreeAttentionParams& params, const PlanItem& item, int kv_head, int64_t begin,
+             int64_t end);
 
   // Fills the next tile; false when there is none.
   bool next(Tile& tile);

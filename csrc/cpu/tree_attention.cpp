@@ -1,5 +1,6 @@
-// Attention over a plan on the cores of the machine: units of work run in any order and leave partial results, which
-// are then merged per query row in a fixed order. Results depend on the number of threads, not on their timing.
+// Attention over a plan on the cores of the machine: units of work run in any order and leave
+// partial results, which are then merged per query row in a fixed order. Results depend on the
+// number of threads, not on their timing.
 #include <omp.h>
 
 #include <new>
@@ -17,7 +18,8 @@ namespace fork_attn::cpu {
 
 namespace {
 
-// Memory that a calling thread keeps from one call to the next: fresh pages would cost more than small steps take.
+// Memory that a calling thread keeps from one call to the next: fresh pages would cost more than
+// small steps take.
 class Workspace {
  public:
   Workspace() = default;
@@ -50,19 +52,21 @@ class Workspace {
 void check(const TreeAttentionParams& params) {
   const PlanHeader& h = PlanView(params.plan).header();
   if (h.magic != kPlanMagic || h.version != kPlanVersion) {
-    throw std::invalid_argument("plan: expected a plan buffer of version " + std::to_string(kPlanVersion) +
-                                ", got magic " + std::to_string(h.magic) + ", version " + std::to_string(h.version));
+    throw std::invalid_argument("plan: expected a plan buffer of version " +
+                                std::to_string(kPlanVersion) + ", got magic " +
+                                std::to_string(h.magic) + ", version " + std::to_string(h.version));
   }
   if (params.num_q_heads != params.num_kv_heads * h.group) {
     throw std::invalid_argument("num_q_heads: expected num_kv_heads x the plan's group = " +
-                                std::to_string(params.num_kv_heads) + " x " + std::to_string(h.group) + ", got " +
+                                std::to_string(params.num_kv_heads) + " x " +
+                                std::to_string(h.group) + ", got " +
                                 std::to_string(params.num_q_heads));
   }
 }
 
 template <class T>
-void merge_row(const TreeAttentionParams& p, const Schedule& schedule, const Partials& partials, int64_t row,
-               float* acc) {
+void merge_row(const TreeAttentionParams& p, const Schedule& schedule, const Partials& partials,
+               int64_t row, float* acc) {
   for (int32_t head = 0; head < p.num_q_heads; ++head) {
     const auto for_each = [&](const auto& visit) {
       schedule.for_each_partial(row, [&](int64_t partial) {
@@ -78,12 +82,15 @@ void merge_row(const TreeAttentionParams& p, const Schedule& schedule, const Par
   }
 }
 
-void merge_row(const TreeAttentionParams& p, const Schedule& schedule, const Partials& partials, int64_t row,
-               float* acc) {
+void merge_row(const TreeAttentionParams& p, const Schedule& schedule, const Partials& partials,
+               int64_t row, float* acc) {
   switch (p.dtype) {
-    case DType::kFloat32: return merge_row<float>(p, schedule, partials, row, acc);
-    case DType::kBFloat16: return merge_row<BFloat16>(p, schedule, partials, row, acc);
-    case DType::kFloat16: return merge_row<Float16>(p, schedule, partials, row, acc);
+    case DType::kFloat32:
+      return merge_row<float>(p, schedule, partials, row, acc);
+    case DType::kBFloat16:
+      return merge_row<BFloat16>(p, schedule, partials, row, acc);
+    case DType::kFloat16:
+      return merge_row<Float16>(p, schedule, partials, row, acc);
   }
 }
 
@@ -91,7 +98,8 @@ void merge_row(const TreeAttentionParams& p, const Schedule& schedule, const Par
 
 std::size_t scratch_floats(const TreeAttentionParams& params) {
   const PlanHeader& h = PlanView(params.plan).header();
-  return ScratchLayout(int64_t{h.max_block_tokens} * h.group, params.head_dim, params.head_dim_v).total;
+  return ScratchLayout(int64_t{h.max_block_tokens} * h.group, params.head_dim, params.head_dim_v)
+      .total;
 }
 
 void tree_attention_at(SimdLevel level, const TreeAttentionParams& params) {

@@ -1,5 +1,6 @@
-// The unit of work on one core: a stretch of a work item's slots for one KV head. Its body is compiled once for each
-// instruction set level; the widest that the processor has is chosen at run time.
+// The unit of work on one core: a stretch of a work item's slots for one KV head. Its body is
+// compiled once for each instruction set level; the widest that the processor has is chosen at run
+// time.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +11,8 @@
 
 namespace fork_attn::cpu {
 
-// Results that wait for others of the same query row: row r holds num_q_heads x head_dim_v normalised values and
-// num_q_heads natural-log LSEs.
+// Results that wait for others of the same query row: row r holds num_q_heads x head_dim_v
+// normalised values and num_q_heads natural-log LSEs.
 struct Partials {
   float* out;
   float* lse;
@@ -24,8 +25,8 @@ struct Unit {
   int64_t partial_row;           // of the block's first token; -1: the final output
 };
 
-using UnitBody = void (*)(const TreeAttentionParams& params, const Unit& unit, const Partials& partials,
-                          float* scratch);
+using UnitBody = void (*)(const TreeAttentionParams& params, const Unit& unit,
+                          const Partials& partials, float* scratch);
 
 // Levels in rising order of width; kBase runs on every processor.
 enum class SimdLevel { kBase, kAvx2, kAvx512 };

@@ -6,7 +6,8 @@
 #define FORK_ATTN_F16C
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,lzcnt,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,lzcnt,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,lzcnt,f16c")
@@ -16,7 +17,8 @@
 
 namespace fork_attn::cpu::avx2 {
 
-void run_unit(const TreeAttentionParams& params, const Unit& unit, const Partials& partials, float* scratch) {
+void run_unit(const TreeAttentionParams& params, const Unit& unit, const Partials& partials,
+              float* scratch) {
   run_unit_body(params, unit, partials, scratch);
 }
 

@@ -7,7 +7,8 @@
 
 namespace fork_attn::cpu::base {
 
-void run_unit(const TreeAttentionParams& params, const Unit& unit, const Partials& partials, float* scratch) {
+void run_unit(const TreeAttentionParams& params, const Unit& unit, const Partials& partials,
+              float* scratch) {
   run_unit_body(params, unit, partials, scratch);
 }
 

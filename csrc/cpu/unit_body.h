@@ -1,5 +1,6 @@
-// One unit of work: flash attention of a block's rows over a stretch of slots, for one KV head. Rows are ordered by
-// token, then by query head within the group. See simd.h for how this is compiled.
+// One unit of work: flash attention of a block's rows over a stretch of slots, for one KV head.
+// Rows are ordered by token, then by query head within the group. See simd.h for how this is
+// compiled.
 #pragma once
 
 #include "products.h"
@@ -25,7 +26,8 @@ FORK_ATTN_INLINE void widen_row(const T* from, int dim, int width, float* to) {
 }
 
 template <class T>
-void widen_rows(const void* const* from, int count, int dim, int width, float* scratch, const float** to) {
+void widen_rows(const void* const* from, int count, int dim, int width, float* scratch,
+                const float** to) {
   for (int i = 0; i < count; ++i) {
     float* row = scratch + i * width;
     widen_row(static_cast<const T*>(from[i]), dim, width, row);
@@ -42,7 +44,8 @@ inline bool all_finite(const float* row, int width) {
 template <class T>
 class UnitRunner {
  public:
-  UnitRunner(const TreeAttentionParams& params, const Unit& unit, const Partials& partials, float* scratch)
+  UnitRunner(const TreeAttentionParams& params, const Unit& unit, const Partials& partials,
+             float* scratch)
       : p_(params), unit_(unit), partials_(partials), plan_(params.plan) {
     block_ = plan_.blocks()[plan_.items()[unit.item].block];
     group_ = plan_.header().group;
@@ -59,11 +62,13 @@ class UnitRunner {
     k_rows_ = scratch + at.k_rows;
     k_columns_ = scratch + at.k_columns;
     v_rows_ = scratch + at.v_rows;
+    for (float& one : ones_) one = 1.0f;
   }
 
   void run() {
     begin();
-    TileReader reader(p_, plan_.items()[unit_.item], unit_.kv_head, unit_.slot_begin, unit_.slot_end);
+    TileReader reader(p_, plan_.items()[unit_.item], unit_.kv_head, unit_.slot_begin,
+                      unit_.slot_end);
     while (reader.next(tile_)) attend_tile();
     if (unit_.partial_row >= 0) {
       write_partials();
@@ -79,7 +84,8 @@ class UnitRunner {
     const int32_t* tokens = plan_.tokens() + block_.token_begin;
     for (int t = 0; t < block_.num_tokens; ++t) {
       for (int h = 0; h < group_; ++h) {
-        const T* q = static_cast<const T*>(p_.q.data) + tokens[t] * p_.q.row_stride + query_head(h) * p_.q.head_stride;
+        const T* q = static_cast<const T*>(p_.q.data) + tokens[t] * p_.q.row_stride +
+                     query_head(h) * p_.q.head_stride;
         widen_row(q, p_.head_dim, width_, q_ + (t * group_ + h) * width_);
       }
     }
@@ -104,7 +110,8 @@ class UnitRunner {
     }
   }
 
-  // Bit n of seen_[t]: token t sees slot n of the tile. Finds hidden slots whose V holds NaN or Inf on the way.
+  // Bit n of seen_[t]: token t sees slot n of the tile. Finds hidden slots whose V holds NaN or Inf
+  // on the way.
   void prepare_masks() {
     isolate_ = false;
     for (int t = 0; t < block_.num_tokens; ++t) seen_[t] = low_bits(tile_.count);
@@ -133,16 +140,27 @@ class UnitRunner {
       if (dot) {
         dot_products(q, rows, width_, k_, tile_.count, scores_);
       } else {
-        multiply(q, width_, rows, StridedRows{k_columns_, kTileSlots}, width_, num_vectors, scores_, kTileSlots,
-                 nullptr);
+        multiply_keys(q, rows, num_vectors);
       }
       softmax(row, rows, num_vectors);
       if (isolate_) {
         add_isolated(row, rows);
       } else {
-        multiply(scores_, kTileSlots, rows, ScatteredRows{v_}, tile_.count, width_v_ / kLanes, out_ + row * width_v_,
-                 width_v_, decay_);
+        multiply(scores_, kTileSlots, rows, ScatteredRows{v_}, tile_.count, width_v_ / kLanes,
+                 out_ + row * width_v_, width_v_, decay_);
       }
+    }
+  }
+
+  // Q K^T, a few columns of Q at a time: that part of K stays in the L1 cache, and long dot
+  // products lose less to rounding.
+  void multiply_keys(const float* q, int rows, int num_vectors) {
+    constexpr int kDepth = 64;
+    for (int d = 0; d < width_; d += kDepth) {
+      const StridedRows columns{k_columns_ + d * kTileSlots, kTileSlots};
+      const int depth = width_ - d < kDepth ? width_ - d : kDepth;
+      multiply(q + d, width_, rows, columns, depth, num_vectors, scores_, kTileSlots,
+               d == 0 ? nullptr : ones_);
     }
   }
 
@@ -165,7 +183,8 @@ class UnitRunner {
     return max_of_lanes(top);
   }
 
-  // Turns the chunk's scores into probabilities relative to the new maxima; decay_ tells how far these moved.
+  // Turns the chunk's scores into probabilities relative to the new maxima; decay_ tells how far
+  // these moved.
   void softmax(int row, int rows, int num_vectors) {
     float origin[kChunkRows];
     for (int i = 0; i < rows; ++i) {
@@ -175,7 +194,8 @@ class UnitRunner {
     for (int i = 0; i < rows; i += kLanes) {
       const VecF old = load(max_ + row + i);
       const VecF top = max(load(origin + i), old);
-      const VecF from = top == -kInfinity ? VecF{} : top;  // nothing seen so far: all probabilities are 0
+      const VecF from =
+          top == -kInfinity ? VecF{} : top;  // nothing seen so far: all probabilities are 0
       store(decay_ + i, exp(old - from));
       store(max_ + row + i, top);
       store(origin + i, from);
@@ -192,8 +212,8 @@ class UnitRunner {
     }
   }
 
-  // P V where a row must not touch the slots it does not see: 0 * Inf is NaN, and one branch's overflow would spread
-  // to the others of the block.
+  // P V where a row must not touch the slots it does not see: 0 * Inf is NaN, and one branch's
+  // overflow would spread to the others of the block.
   void add_isolated(int row, int rows) {
     float probability[kTileSlots];
     const float* v[kTileSlots];
@@ -204,14 +224,15 @@ class UnitRunner {
         probability[count] = scores_[i * kTileSlots + n];
         v[count++] = v_[n];
       }
-      multiply(probability, kTileSlots, 1, ScatteredRows{v}, count, width_v_ / kLanes, out_ + (row + i) * width_v_,
-               width_v_, decay_ + i);
+      multiply(probability, kTileSlots, 1, ScatteredRows{v}, count, width_v_ / kLanes,
+               out_ + (row + i) * width_v_, width_v_, decay_ + i);
     }
   }
 
   void write_partials() {
     for (int i = 0; i < num_rows_; ++i) {
-      const int64_t slot = (unit_.partial_row + i / group_) * p_.num_q_heads + query_head(i % group_);
+      const int64_t slot =
+          (unit_.partial_row + i / group_) * p_.num_q_heads + query_head(i % group_);
       const RowEnd end = end_row(max_[i], sum_[i], nullptr);
       const float* from = out_ + i * width_v_;
       float* to = partials_.out + slot * p_.head_dim_v;
@@ -244,15 +265,19 @@ class UnitRunner {
   const float* k_[kTileSlots];
   const float* v_[kTileSlots];
   uint64_t seen_[kMaxBlockTokens];
+  float ones_[kChunkRows];
   bool isolate_;
 };
 
-inline void run_unit_body(const TreeAttentionParams& params, const Unit& unit, const Partials& partials,
-                          float* scratch) {
+inline void run_unit_body(const TreeAttentionParams& params, const Unit& unit,
+                          const Partials& partials, float* scratch) {
   switch (params.dtype) {
-    case DType::kFloat32: return UnitRunner<float>(params, unit, partials, scratch).run();
-    case DType::kBFloat16: return UnitRunner<BFloat16>(params, unit, partials, scratch).run();
-    case DType::kFloat16: return UnitRunner<Float16>(params, unit, partials, scratch).run();
+    case DType::kFloat32:
+      return UnitRunner<float>(params, unit, partials, scratch).run();
+    case DType::kBFloat16:
+      return UnitRunner<BFloat16>(params, unit, partials, scratch).run();
+    case DType::kFloat16:
+      return UnitRunner<Float16>(params, unit, partials, scratch).run();
   }
 }
 

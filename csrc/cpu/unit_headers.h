@@ -1,5 +1,6 @@
-// What unit_body.h uses of shared code. A translation unit for a wide instruction set includes this before it switches
-// the target: inline functions are then compiled for every processor, whichever copy of them the linker keeps.
+// What unit_body.h uses of shared code. A translation unit for a wide instruction set includes this
+// before it switches the target: inline functions are then compiled for every processor, whichever
+// copy of them the linker keeps.
 #pragma once
 
 #include <cmath>

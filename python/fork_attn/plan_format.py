@@ -1,4 +1,4 @@
-"""The plan buffer read from Python: its header, its sections, and the dense mask that it stands for.
+"""The plan buffer read from Python: its header, its sections, the dense mask that it stands for.
 
 The format is that of csrc/core/plan.h, whose constants and records are mirrored here.
 """
@@ -94,7 +94,8 @@ def header(buffer: torch.Tensor) -> PlanHeader:
         raise TypeError(f"plan buffer: expected dtype int64, got {buffer.dtype}")
     if buffer.ndim != 1 or len(buffer) < HEADER_WORDS or not buffer.is_contiguous():
         got = f"shape {tuple(buffer.shape)}, strides {buffer.stride()}"
-        raise ValueError(f"plan buffer: expected at least {HEADER_WORDS} contiguous words, got {got}")
+        expected = f"at least {HEADER_WORDS} contiguous words"
+        raise ValueError(f"plan buffer: expected {expected}, got {got}")
     fields = buffer[:HEADER_WORDS].view(torch.int32).tolist()
     result = PlanHeader(*fields[: len(PlanHeader._fields)])
     if result.magic != PLAN_MAGIC or result.version != PLAN_VERSION:
@@ -139,7 +140,9 @@ def bits(words: torch.Tensor, count: int) -> torch.Tensor:
     return (words[:, None] >> torch.arange(count, device=words.device)) & 1 != 0
 
 
-def run_visibility(plan: PlanSections, run: Run, positions: torch.Tensor, window: int) -> torch.Tensor:
+def run_visibility(
+    plan: PlanSections, run: Run, positions: torch.Tensor, window: int
+) -> torch.Tensor:
     """Which tokens of a block see which slots of a run.
 
     Args:
@@ -169,7 +172,8 @@ def expand_plan(buffer: torch.Tensor) -> torch.Tensor:
         buffer: (words,) int64 on the CPU.
 
     Returns:
-        (num_tokens, page_limit * page_size) bool: query row t sees slot `page * page_size + offset`.
+        (num_tokens, page_limit * page_size) bool: which query row sees which slot, counted as
+            `page * page_size + offset`.
 
     Raises:
         ValueError: not a plan, or a row would see the same slot twice.

@@ -39,7 +39,7 @@ def attention(
 
     Returns:
         (out, lse): (T, num_q_heads, head_dim_v) and (T, num_q_heads), natural log, sinks included,
-            both in `dtype`. A row that sees nothing has out 0 and lse -inf (with sinks: lse = sink).
+            both in `dtype`. A row that sees nothing has out 0, lse -inf (with sinks: lse = sink).
     """
     group = q.shape[1] // k.shape[1]
     seen = mask.any(0)

@@ -42,14 +42,21 @@ Lists make_lists(std::mt19937_64& rng, const Dims& dims) {
     lists.positions.push_back(static_cast<int32_t>(rng() % 100));
   }
   for (int r = 0; r < kRuns; ++r) {
-    PlanRun run{~uint64_t{0}, static_cast<int32_t>(lists.pages.size()), static_cast<int32_t>(rng() % kPageSize),
-                kRunSlots[r], 20, kRunKinds[r], static_cast<int32_t>(rng() % 20) - 10,
-                static_cast<int32_t>(lists.words.size()), 0};
+    PlanRun run{~uint64_t{0},
+                static_cast<int32_t>(lists.pages.size()),
+                static_cast<int32_t>(rng() % kPageSize),
+                kRunSlots[r],
+                20,
+                kRunKinds[r],
+                static_cast<int32_t>(rng() % 20) - 10,
+                static_cast<int32_t>(lists.words.size()),
+                0};
     if (r == 4) run.mask = rng();
     for (int p = 0; p * kPageSize < run.first_slot + run.num_slots; ++p) {
       lists.pages.push_back(static_cast<int32_t>(lists.pages.size()));
     }
-    for (int j = 0; run.kind == kPerSlot && j < run.num_slots; ++j) lists.words.push_back(rng() & rng());
+    for (int j = 0; run.kind == kPerSlot && j < run.num_slots; ++j)
+      lists.words.push_back(rng() & rng());
     lists.runs.push_back(run);
   }
   return lists;
@@ -133,8 +140,10 @@ Data<T> make_data(std::mt19937_64& rng, const Lists& lists, const Dims& dims) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   for (std::size_t s = 0; s < slots; ++s) {
     if (!hidden[s]) continue;
-    for (int d = 0; d < kNumKvHeads * dims.dim; ++d) from_float(nan, data.k[s * kNumKvHeads * dims.dim + d]);
-    for (int d = 0; d < kNumKvHeads * dims.dim_v; ++d) from_float(nan, data.v[s * kNumKvHeads * dims.dim_v + d]);
+    for (int d = 0; d < kNumKvHeads * dims.dim; ++d)
+      from_float(nan, data.k[s * kNumKvHeads * dims.dim + d]);
+    for (int d = 0; d < kNumKvHeads * dims.dim_v; ++d)
+      from_float(nan, data.v[s * kNumKvHeads * dims.dim_v + d]);
   }
   data.out.resize(std::size_t(dims.tokens) * heads * dims.dim_v);
   data.lse.resize(std::size_t(dims.tokens) * heads);
@@ -142,9 +151,12 @@ Data<T> make_data(std::mt19937_64& rng, const Lists& lists, const Dims& dims) {
 }
 
 template <class T>
-TreeAttentionParams make_params(const std::vector<int64_t>& plan, Data<T>& data, const Dims& dims, DType dtype) {
+TreeAttentionParams make_params(const std::vector<int64_t>& plan, Data<T>& data, const Dims& dims,
+                                DType dtype) {
   const int heads = kNumKvHeads * dims.group;
-  const auto rows = [&](std::vector<T>& x, int d) { return RowTensor{x.data(), int64_t{heads} * d, d}; };
+  const auto rows = [&](std::vector<T>& x, int d) {
+    return RowTensor{x.data(), int64_t{heads} * d, d};
+  };
   const auto paged = [&](std::vector<T>& x, int d) {
     const int64_t slot = int64_t{kNumKvHeads} * d;
     return PagedTensor{x.data(), slot * kPageSize, slot, d};
@@ -166,9 +178,11 @@ TreeAttentionParams make_params(const std::vector<int64_t>& plan, Data<T>& data,
   return p;
 }
 
-// The largest error of out and lse of token t of the block and one query head; `unit` is one rounding of T.
+// The largest error of out and lse of token t of the block and one query head; `unit` is one
+// rounding of T.
 template <class T>
-double row_error(const Lists& lists, const Data<T>& data, const Dims& dims, int t, int head, double unit) {
+double row_error(const Lists& lists, const Data<T>& data, const Dims& dims, int t, int head,
+                 double unit) {
   const int heads = kNumKvHeads * dims.group;
   const int64_t row = int64_t{lists.tokens[t]} * heads + head;
   const int kv_head = head / dims.group;
@@ -208,8 +222,11 @@ void test(uint64_t seed, const Dims& dims, DType dtype, double unit) {
       for (int head = 0; head < kNumKvHeads * dims.group; ++head) {
         const double error = row_error(lists, data, dims, t, head, unit);
         if (error < 5e-6) continue;
-        std::fprintf(stderr, "level %d, dtype %d, %d tokens, group %d, dims %d %d: token %d, head %d: error %g\n",
-                     level, static_cast<int>(dtype), dims.tokens, dims.group, dims.dim, dims.dim_v, t, head, error);
+        std::fprintf(
+            stderr,
+            "level %d, dtype %d, %d tokens, group %d, dims %d %d: token %d, head %d: error %g\n",
+            level, static_cast<int>(dtype), dims.tokens, dims.group, dims.dim, dims.dim_v, t, head,
+            error);
         std::exit(1);
       }
     }
@@ -219,9 +236,12 @@ void test(uint64_t seed, const Dims& dims, DType dtype, double unit) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const uint64_t seed = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : uint64_t{std::random_device()()};
-  std::printf("seed %llu, levels 0 to %d\n", static_cast<unsigned long long>(seed), static_cast<int>(simd_level()));
-  const Dims all[] = {{1, 1, 64, 64}, {1, 3, 64, 64}, {2, 3, 80, 8}, {8, 3, 64, 128}, {64, 1, 7, 33}, {64, 5, 96, 20}};
+  const uint64_t seed =
+      argc > 1 ? std::strtoull(argv[1], nullptr, 10) : uint64_t{std::random_device()()};
+  std::printf("seed %llu, levels 0 to %d\n", static_cast<unsigned long long>(seed),
+              static_cast<int>(simd_level()));
+  const Dims all[] = {{1, 1, 64, 64},  {1, 3, 64, 64}, {2, 3, 80, 8},
+                      {8, 3, 64, 128}, {64, 1, 7, 33}, {64, 5, 96, 20}};
   for (const Dims& dims : all) {
     test<float>(seed, dims, DType::kFloat32, 0x1p-23);
     test<BFloat16>(seed, dims, DType::kBFloat16, 0x1p-8);

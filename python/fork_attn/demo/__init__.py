@@ -1,4 +1,4 @@
-"""The command `fork-attn demo`: a real language model forks into threads over one KV cache and joins them.
+"""The command `fork-attn demo`: a real model forks into threads over one KV cache and joins them.
 
 Importing this package costs nothing; the model libraries are imported when the demo runs.
 """
@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache-dir",
         type=Path,
         metavar="DIR",
-        help="where the converted weights are kept (default: $XDG_CACHE_HOME/fork-attn or ~/.cache/fork-attn)",
+        help="where the converted weights are kept "
+        "(default: $XDG_CACHE_HOME/fork-attn or ~/.cache/fork-attn)",
     )
 
 
@@ -43,18 +44,25 @@ def run(args: argparse.Namespace) -> int:
     """Runs the demo.
 
     Returns:
-        0 if the parent knows all facts after the join; 1 if not; 2 if the demo cannot run, with the reason on stderr.
+        0 if the parent knows all facts after the join; 1 if not; 2 if the demo cannot run, with the
+        reason on stderr.
     """
     if args.temperature < 0:
-        print(f"fork-attn demo: --temperature: expected at least 0, got {args.temperature}", file=sys.stderr)
+        print(
+            f"fork-attn demo: --temperature: expected at least 0, got {args.temperature}",
+            file=sys.stderr,
+        )
         return 2
     try:
         from fork_attn.demo import main
     except ModuleNotFoundError as error:
-        print(f'fork-attn demo: {error}: pip install "fork-attn[demo]"', file=sys.stderr)
-        return 2
+        return _refuse(f'{error}: pip install "fork-attn[demo]"')
     try:
         return main.main(args)
     except main.DemoError as error:
-        print(f"fork-attn demo: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+
+
+def _refuse(reason: str) -> int:
+    print(f"fork-attn demo: {reason}", file=sys.stderr)
+    return 2

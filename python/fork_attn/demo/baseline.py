@@ -1,7 +1,7 @@
-"""The same threads with stock transformers: every thread has a copy of the prompt's cache, and nothing joins.
+"""The same threads with stock transformers: each has a copy of the prompt's cache, none joins.
 
-After the threads have ended, stock transformers has no context that holds them all: it goes on from the prompt's
-cache and reads all threads' tokens again, one thread after the other.
+After the threads have ended, no context holds them all: stock transformers goes on from the
+prompt's cache and reads all threads' tokens again, one thread after the other.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ def in_one_batch(
     sampling: Sampling,
     watch: Watch | None = None,
 ) -> Round:
-    """The prompt's cache copied into a row per thread, all rows decoded together; ended rows stay, as in `generate`."""
+    """The prompt's cache copied into a row per thread, all rows decoded together.
+
+    Rows that have ended stay in the batch, as in `generate`.
+    """
     began = time.perf_counter()
     cache = copy.deepcopy(prompt)
     cache.batch_repeat_interleave(len(script.openings))
@@ -125,7 +128,7 @@ class _Single:
 
 
 class _Batch:
-    """One row per lane, padded on the left where a call feeds fewer tokens to a lane than to another."""
+    """One row per lane, padded on the left where a call feeds it fewer tokens than another."""
 
     def __init__(self, model: PreTrainedModel, cache: DynamicCache, lanes: int) -> None:
         self._model, self._cache = model, cache
@@ -152,4 +155,4 @@ class _Batch:
 
 
 def _kv_bytes(cache: DynamicCache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(keys.nbytes + values.nbytes for keys, values, *_ in cache)

@@ -1,7 +1,8 @@
-"""fork-attn and stock transformers side by side: the same threads, in turn, several times in one run."""
+"""fork-attn and stock transformers side by side: the same threads, in turn, several times."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROUNDS = 3
+SECONDS = 25.0
 FORK = "fork-attn"
 ONE_BY_ONE = "stock, one by one"
 IN_ONE_BATCH = "stock, batched"
@@ -72,16 +74,18 @@ def compare(
     script: Script,
     sampling: Sampling,
     rounds: int = ROUNDS,
+    seconds: float = SECONDS,
     on_round: Callable[[str, int], None] | None = None,
 ) -> list[Measured]:
-    """Runs every method `rounds` times, in turn, so that what else the machine does falls on all alike.
+    """Runs every method up to `rounds` times, in turn: what else the machine does slows all.
 
     Args:
         session: the attached model.
         stock: the same weights without fork-attn.
         root: a branch of the session that holds the script's prompt.
         script, sampling: the work.
-        rounds: repetitions.
+        rounds: most repetitions.
+        seconds: no round begins after this long; the first always runs.
         on_round: told of each method before it runs, with the round's number.
 
     Returns:
@@ -89,7 +93,10 @@ def compare(
     """
     prompt = baseline.read_prompt(stock, script)
     results: dict[str, list[Round]] = {method: [] for method in METHODS}
+    began = time.perf_counter()
     for number in range(rounds):
+        if number and time.perf_counter() - began > seconds:
+            break
         for method in METHODS:
             if on_round is not None:
                 on_round(method, number)

@@ -1,4 +1,4 @@
-"""The decoding loop that fork-attn and the stock baselines share: same tokens in, same rule of ending."""
+"""The decoding loop that fork-attn and the stock baselines share, with one rule of ending."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Forward = Callable[[Mapping[int, Sequence[int]]], torch.Tensor]
-"""Feeds token ids to lanes; gives (n, vocab) logits after each lane's last token, in the mapping's order."""
+"""Feeds token ids to lanes; gives (n, vocab) logits after each lane's last token, in order."""
 
 Watch = Callable[[int, Sequence[int]], None]
 """Called with a lane and all that it has generated so far, once per new token."""
@@ -24,7 +24,9 @@ _LINE_TOKENS = 4  # a line break before this many tokens only starts the text
 
 @dataclass(frozen=True)
 class Ending:
-    """When a text ends: at the end token, at a line's end, at a sentence's end from `min_tokens` on, or at the budget."""
+    """When a text ends: at the end token or a line's end, at a sentence's end from `min_tokens` on,
+    at the latest at `max_tokens`.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     min_tokens: int
@@ -34,7 +36,7 @@ class Ending:
         """Why the text ends with these generated tokens, or None if it goes on."""
         if token_ids[-1] == self.tokenizer.eos_token_id:
             return "eos"
-        piece = self.tokenizer.decode(token_ids[-1:])
+        piece = str(self.tokenizer.decode(token_ids[-1]))
         if "\n" in piece and len(token_ids) >= _LINE_TOKENS:
             return "line"
         if piece.rstrip().endswith((".", "!", "?")) and len(token_ids) >= self.min_tokens:
@@ -44,7 +46,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is picked; a lane's picks do not depend on which other lanes run beside it.
+    """How the next token is picked; a lane's picks do not depend on the lanes that run beside it.
 
     Attributes:
         temperature: 0 picks the most likely token.
@@ -55,7 +57,9 @@ class Sampling:
     seed: int = 0
 
     def __str__(self) -> str:
-        return f"temperature {self.temperature:g}, seed {self.seed}" if self.temperature else "greedy"
+        return (
+            f"temperature {self.temperature:g}, seed {self.seed}" if self.temperature else "greedy"
+        )
 
     def generator(self, lane: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + lane)

@@ -15,7 +15,7 @@ ASK = "\nSo, as we know, "
 
 @dataclass(frozen=True)
 class Fact:
-    """A question, as the beginning of a sentence, and the end of it that only a reader of the fact can know."""
+    """A question, as the beginning of a sentence, and its end, which only a reader can know."""
 
     question: str
     answer: str
@@ -23,6 +23,10 @@ class Fact:
     @property
     def text(self) -> str:
         return f"{self.question} {self.answer}."
+
+    def is_answer(self, text: str) -> bool:
+        """Whether the text begins with the answer, as whole words."""
+        return re.match(rf"{re.escape(self.answer)}\b", text) is not None
 
 
 FACTS = (
@@ -34,7 +38,7 @@ FACTS = (
 
 @dataclass(frozen=True)
 class Answers:
-    """What the parent answered to each of `facts`, and what it answers had it not joined its threads."""
+    """What the parent answers about each of `facts`, and what it does without the join."""
 
     facts: tuple[Fact, ...]
     with_join: tuple[str, ...]
@@ -42,10 +46,7 @@ class Answers:
 
     def score(self, answers: Sequence[str]) -> int:
         """How many of the answers begin with the fact."""
-        return sum(
-            re.match(rf"{re.escape(fact.answer)}\b", answer) is not None
-            for fact, answer in zip(self.facts, answers, strict=True)
-        )
+        return sum(fact.is_answer(answer) for fact, answer in zip(self.facts, answers, strict=True))
 
     @property
     def passed(self) -> bool:
@@ -55,7 +56,7 @@ class Answers:
 def ask(session: Session, facts: tuple[Fact, ...] = FACTS) -> Answers:
     """Forks a thread per fact, joins them, and asks about all facts with and without the join.
 
-    Every question is asked on a fork of its own, all of them in one batch. Leaves the cache as it was.
+    Every question is asked on a fork of its own, all in one batch. Leaves the cache as it was.
     """
     cache = session.cache
     root = cache.new_branch()

@@ -92,7 +92,9 @@ def show(
     report.print_answers(console, answers)
 
     console.rule("Four threads think about one prompt, and join", align="left")
-    record, measured = _think(reporter, session, stock, script, Sampling(args.temperature, args.seed))
+    record, measured = _think(
+        reporter, session, stock, script, Sampling(args.temperature, args.seed)
+    )
     console.print()
     report.print_tree(console, record)
     console.rule("What it took", align="left")
@@ -102,7 +104,12 @@ def show(
 
     trace.save(record, args.out / "trace.json")
     (args.out / "tree.svg").write_text(picture.draw(record), encoding="utf-8")
-    console.print(f"Written: {args.out / 'trace.json'} and the picture {args.out / 'tree.svg'}")
+    console.print(
+        f"Written: {args.out / 'trace.json'} and the picture {args.out / 'tree.svg'}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     _print_score(console, answers)
     return 0 if answers.passed else 1
 
@@ -155,7 +162,9 @@ def _think(
     record = _write(reporter, session, root, script, sampling)
     measured: list[Measured] = []
     if stock is not None:
-        with reporter.phase("the same again, beside stock transformers", ROUNDS * len(METHODS)) as at:
+        with reporter.phase(
+            "the same again, beside stock transformers", ROUNDS * len(METHODS)
+        ) as at:
             measured = compare(
                 session, stock, root, script, sampling,
                 on_round=lambda method, number: at(f"round {number + 1} of {ROUNDS}: {method}"),

@@ -1,7 +1,8 @@
 """The picture of a trace: prompt, fork, threads, join, conclusion from left to right, as SVG.
 
-Horizontal is position: what stands at the same place was written at the same time. The ticks in the bars are KV
-pages. Colours suit light and dark backgrounds, and colour-blind readers (Okabe and Ito's palette).
+Horizontal is position: what stands at the same place was written at the same time. The cuts in the
+bars are where KV pages end. Colours suit light and dark backgrounds, and colour-blind readers
+(Okabe and Ito's palette).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ text {{ font-family: {FONT}; font-size: 13px; fill: #30343b; }}
 
 
 def draw(trace: Trace) -> str:
-    """An SVG document of the trace. It names no machine and no times: only tokens, positions and pages."""
+    """An SVG document of the trace: tokens, positions and pages, but no times."""
     return _Drawing(trace).document()
 
 
@@ -67,7 +68,7 @@ class _Drawing:
         self.left = (MARGIN, MARGIN + widths[0] + gap, WIDTH - MARGIN - widths[2])
         self.scale = [w / span for w, span in zip(widths, spans, strict=True)]
         self.widths = widths
-        self.texts = [wrap(_quote(node), widths[1] - 24, lines=4) for node in threads]
+        self.texts = [wrap(_quote(node), widths[1] - 24, lines=5) for node in threads]
         heights = [BAR + 26 + LINE * len(lines) for lines in self.texts]
         self.tops = [116.0]
         for height in heights:
@@ -89,9 +90,8 @@ class _Drawing:
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n<title>{title}</title>\n'
             f"<style>{STYLE}</style>\n"
-            f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="10"/>\n'
-            + "\n".join(self.parts)
-            + "\n</svg>\n"
+            f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" '
+            'rx="10"/>\n' + "\n".join(self.parts) + "\n</svg>\n"
         )
 
     def _text(self, x: float, y: float, text: str, css: str = "", anchor: str = "") -> None:
@@ -111,7 +111,8 @@ class _Drawing:
         x = self.left[column] + (node.position - start[column]) * self.scale[column]
         end = x + len(node.token_ids) * self.scale[column]
         self.parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{end - x:.1f}" height="{BAR}" rx="3" fill="{fill}"/>'
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{end - x:.1f}" height="{BAR}" rx="3" '
+            f'fill="{fill}"/>'
         )
         for _, count in node.pages[:-1]:
             x += count * self.scale[column]
@@ -167,7 +168,7 @@ class _Drawing:
         if first.startswith(label):
             self.parts.append(
                 f'<text x="{x:.1f}" y="{top:.1f}"><tspan class="label">{escape(label)}</tspan>'
-                f"{escape(first[len(label):])}</text>"
+                f"{escape(first[len(label) :])}</text>"
             )
         else:
             self._text(x, top, first, "label")
@@ -203,7 +204,10 @@ class _Drawing:
         self._text(self.left[1] + 28, y + 17, text, "faint")
 
     def _memory(self, y: float) -> float:
-        """Pages as squares: what is stored, and what contexts that share nothing would take. Returns where it ends."""
+        """Pages as squares: those stored, and those of contexts that share nothing.
+
+        Returns where it ends.
+        """
         self._text(MARGIN, y, f"KV memory, in pages of {self.trace.page_size} tokens", "step")
         left = MARGIN + 210.0
         rows = (
@@ -220,8 +224,8 @@ class _Drawing:
                 for fill, is_copy in group:
                     look = ' class="copy"' if is_copy else ""
                     self.parts.append(
-                        f'<rect x="{x:.1f}" y="{top:.1f}" width="{side:.1f}" height="13" rx="{side / 6:.1f}" '
-                        f'fill="{fill}"{look}/>'
+                        f'<rect x="{x:.1f}" y="{top:.1f}" width="{side:.1f}" height="13" '
+                        f'rx="{side / 6:.1f}" fill="{fill}"{look}/>'
                     )
                     x += pitch
                 x += pitch * 0.6
@@ -239,7 +243,7 @@ class _Drawing:
         return stored
 
     def _contexts(self) -> list[list[tuple[str, bool]]]:
-        """(colour, is a copy) of each page, by context, of a thread or the conclusion that shares nothing."""
+        """(colour, is a copy) of each page of each context, if none shared anything."""
         groups = []
         for node in self.trace.nodes[1:]:
             context = [*(self.trace.nodes[parent] for parent in node.parents), node]

@@ -1,4 +1,4 @@
-"""Text in a picture: SVG neither measures nor wraps it, so widths are estimated on the safe side."""
+"""Text in a picture: SVG neither measures nor wraps it, so its width is estimated, a bit wide."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def clip(text: str, limit: float) -> str:
 
 
 def wrap(text: str, limit: float, lines: int) -> list[str]:
-    """The text in at most `lines` lines of at most `limit` px; the last one is clipped. At least one line."""
+    """The text in 1 to `lines` lines of at most `limit` px; the last one is clipped."""
     rows: list[str] = []
     row = ""
     words = printable(text).split()
@@ -55,5 +55,8 @@ def printable(text: str) -> str:
     return "".join(
         char
         for char in text
-        if char in "\t\n\r" or ("\u0020" <= char <= "\ud7ff") or ("\ue000" <= char <= "\ufffd") or char > "\uffff"
+        if char in "\t\n\r"
+        or ("\u0020" <= char <= "\ud7ff")
+        or ("\ue000" <= char <= "\ufffd")
+        or char > "\uffff"
     )

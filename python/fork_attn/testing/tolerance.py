@@ -12,7 +12,7 @@ def assert_close_to_oracle(
     *,
     name: str = "out",
 ) -> None:
-    """Asserts that the largest error is at most twice the reference's, plus one rounding to the dtype of `out`.
+    """Asserts that the largest error is at most twice the reference's, plus one rounding.
 
     Args:
         out: the result under test.
@@ -21,8 +21,9 @@ def assert_close_to_oracle(
         name: what to call `out` in the message.
 
     Raises:
-        AssertionError: larger error, other shape, or a value that is not finite where the oracle's is (an infinity of
-            the oracle, as in the LSE of an empty row, must be matched exactly).
+        AssertionError: larger error, other shape, or a value that is not finite where the oracle's
+            is (an infinity of the oracle, as in an empty row's LSE, must be matched exactly).
+        TypeError: the oracle is not float64.
     """
     if oracle64.dtype != torch.float64:
         raise TypeError(f"oracle64: expected float64, got {oracle64.dtype}")
@@ -38,4 +39,5 @@ def assert_close_to_oracle(
     reference = float((same_precision_reference.double()[finite] - exact).abs().max())
     rounding = torch.finfo(out.dtype).eps * float(exact.abs().max())
     limit = 2 * reference + rounding
-    assert error <= limit, f"{name}: error {error:.3e} > {limit:.3e} (reference {reference:.3e}, rounding {rounding:.3e})"
+    parts = f"reference {reference:.3e}, rounding {rounding:.3e}"
+    assert error <= limit, f"{name}: error {error:.3e} > {limit:.3e} ({parts})"
