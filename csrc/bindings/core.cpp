@@ -5,6 +5,7 @@
 #include <atomic>
 #include <span>
 #include <string>
+#include <tuple>
 
 #include "../core/cache_core.h"
 #include "../core/planner.h"
@@ -235,9 +236,14 @@ void bind_step(py::class_<PyCore>& c) {
            })
       .def("commit_step", verb(&CacheCore::commit_step))
       .def("rollback_step", verb(&CacheCore::rollback_step))
-      .def("build_plan", [](PyCore& self, int32_t window, int32_t group, int32_t max_rows) {
+      .def("build_plan", [](PyCore& self, int32_t window, const std::tuple<int32_t, int32_t, int32_t, int32_t,
+                                                                           int32_t>& shape,
+                            const std::string& target, int32_t workers) {
         Use use(self);
-        return self.planner.build(self.core, {window, group, max_rows});
+        const auto [num_kv_heads, group, head_dim, head_dim_v, itemsize] = shape;
+        const TargetCosts& costs = target_costs(target);
+        return self.planner.build(
+            self.core, {window, {num_kv_heads, group, head_dim, head_dim_v, itemsize}, &costs, workers});
       });
 }
 
@@ -251,7 +257,7 @@ void bind_plan(py::module_& m) {
           [](const PlanData& self) {
             return reinterpret_cast<const PlanHeader*>(self.buffer.data())->page_limit;
           })
-      .def_property_readonly("item_pairs", [](const PlanData& self) { return self.item_pairs; })
+      .def_property_readonly("span_ns", [](const PlanData& self) { return self.span_ns; })
       .def_property_readonly("counts", [](const PlanData& self) {
         const PlanCounts& c = self.counts;
         return py::dict(

@@ -5,15 +5,17 @@
 // 64-bit words: a PlanHeader, then sections at the word offsets that the header names. All records
 // are plain integers, so a kernel reads them in place.
 //
-//   blocks[num_blocks]          PlanBlock: a row block, at most 64 query tokens that work items
-//   serve together tokens[num_block_tokens]    int32: query row of each token of each block
-//   positions[num_block_tokens] int32: position of that query row (sliding windows compare with it)
-//   items[num_items]            PlanItem: one row block x consecutive runs, the unit of scheduling
-//   runs[num_runs]              PlanRun: slots of one segment, and which of the block's tokens see
-//   them pages[num_pages]            int32: physical pages; a run indexes into this list
-//   words[num_words]            uint64: per-slot visibility words of kPerSlot runs
-//   merge_indptr[num_tokens+1]  int32: CSR over query rows into merge_rows
-//   merge_rows[...]             int32: partial rows that make up a query row, in merge order
+// * blocks[num_blocks], PlanBlock: at most 64 query tokens that work items serve together
+// * tokens[num_block_tokens], int32: query row of each token of each block
+// * positions[num_block_tokens], int32: position of that query row, for sliding windows
+// * items[num_items], PlanItem: a row block and consecutive runs
+// * runs[num_runs], PlanRun: slots, and which of the block's tokens see them
+// * pages[num_pages], int32: physical pages; a run indexes into this list
+// * words[num_words], uint64: per-slot visibility words of kPerSlot runs
+// * spans[num_spans + 1], int32: first item of each span, and the end; spans are predicted to take
+//   the same time, and one worker takes one span for one KV head
+// * merge_indptr[num_tokens + 1], int32: CSR over query rows into merge_rows
+// * merge_rows[num_merge_rows], int32: partial rows that make up a query row, in merge order
 //
 // A query row served by exactly one item is written directly by it (its CSR range is empty). A row
 // served by several items has one partial row in each; partial row r holds (num_q_heads,
@@ -55,7 +57,9 @@ struct PlanHeader {
   int32_t off_words;
   int32_t off_merge_indptr;
   int32_t off_merge_rows;
-  int32_t reserved[6];
+  int32_t num_spans;
+  int32_t off_spans;
+  int32_t reserved[4];
 };
 static_assert(sizeof(PlanHeader) == 128);
 

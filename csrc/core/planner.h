@@ -1,42 +1,39 @@
-// Turns the open step of a cache into a plan: row blocks, work items, runs (see plan.h for the
-// format).
-//
-// Query rows that see the same slots form a group. Every maximal stretch of slots is read once for
-// each row block of the group that sees it, so a shared prefix is read once per block of tokens,
-// whatever the number of branches.
+// Turns the open step of a cache into a plan (see plan.h for the format): who is served together (blocks.h), in items
+// that are cut into spans of equal cost.
 #pragma once
 
-#include <compare>
 #include <cstdint>
-#include <map>
-#include <unordered_map>
 #include <vector>
 
+#include "blocks.h"
 #include "cache_core.h"
+#include "costs.h"
+#include "groups.h"
 #include "plan.h"
 
 namespace fork_attn {
 
 struct PlanRequest {
-  int32_t window;    // sliding window in positions, 0 = none
-  int32_t group;     // query heads per KV head
-  int32_t max_rows;  // rows (tokens x group) that one row block may hold
+  int32_t window;  // sliding window in positions, 0 = none
+  LayerShape shape;
+  const TargetCosts* target;
+  int32_t workers;
 };
 
 // Exact counts; multiply slots by the bytes of one slot's K and V over all KV heads.
 struct PlanCounts {
   int64_t unique_slots;       // slots that some row sees, each once
-  int64_t tile_unique_slots;  // slots once per row block's worth of tokens that see them
+  int64_t tile_unique_slots;  // slots once per block's worth of tokens that see them
   int64_t read_slots;         // slots that the items read
   int64_t visible_pairs;      // (query row, slot) pairs that attend
-  int64_t executed_pairs;  // (query row, slot) pairs that the items compute, masked ones included
+  int64_t executed_pairs;     // (query row, slot) pairs that the items compute, masked ones included
   int64_t num_tokens, num_blocks, num_items, num_runs, num_partial_rows;
 };
 
 struct PlanData {
   std::vector<int64_t> buffer;
-  std::vector<int64_t> item_pairs;  // executed pairs of each item
-  PlanCounts counts;
+  std::vector<double> span_ns;  // predicted cost of each span, one KV head
+  PlanCounts counts{};
 };
 
 class Planner {
@@ -45,71 +42,41 @@ class Planner {
   PlanData build(const CacheCore& core, const PlanRequest& request);
 
  private:
-  struct Node {  // a link that some row of the step sees; or, as a leaf, a row itself
-    Index link;
-    int32_t row;
-    int32_t first_child, last_child, next_sibling;
-    int32_t begin, end;  // the rows below it, as a range of order_
-    int32_t rank;        // preorder: ancestors first
-  };
-  struct Interval {
-    int32_t begin, end;  // of order_
-    auto operator<=>(const Interval&) const = default;
-  };
-  struct Piece {  // slots [lo, hi) of a segment that one set of rows sees
-    int32_t rank;
-    Index segment;
-    int32_t lo, hi;
-    int64_t first_position;
-  };
-  struct Group {
-    std::vector<Interval> rows;
-    std::vector<Piece> pieces;
-  };
   struct Token {
     int32_t row;    // of the step: a branch
     int32_t index;  // within the branch's new tokens
   };
-  using Tokens = std::vector<Token>;
 
   void reset(const CacheCore& core, const PlanRequest& request);
-  int32_t add_node(Index link, int32_t row);
-  void append_child(int32_t parent, int32_t child);
-  void collect_nodes();
-  void order_rows();
-  void collect_pieces();
-  void sweep(const int32_t* first, const int32_t* last);
-  void add_piece(const std::vector<Interval>& rows, const Node& node, int32_t lo, int32_t hi);
-  int32_t group_of(const std::vector<Interval>& rows);
-
-  void emit_groups();
-  void emit_block(const Group& group, const Tokens& tokens, std::vector<int64_t>& least_dropped);
-  void emit_own(const StepRow& row, const Tokens& tokens);
-  void emit_draft(const StepRow& row, const Tokens& tokens);
-  int64_t push_run(PlanRun run, int64_t first_position);
+  // planner_emit.cpp
+  void lay_out_tokens();
+  void emit_block(const Block& block, const BlockChoice& choice);
+  void emit_piece(const Piece& piece, uint64_t mask);
+  void emit_own(int32_t order_index);
+  void emit_draft(const StepRow& row, int32_t first, int32_t count, int32_t bit);
+  void push_run(PlanRun run, int64_t first_position);
   bool merge_run(const PlanRun& run);
-  void count_run(const PlanRun& run, const Tokens& tokens);
+  uint64_t mask_of(const Group& group) const;
+  void count_run(const PlanRun& run);
+  void count_unique();
   int32_t segment_pages(Index segment);
   int32_t row_pages(int32_t row);
   int32_t position(const Token& token) const;
-  int32_t query_row(const Token& token) const;
-
+  // planner_cut.cpp
+  void cut_into_spans();
+  int64_t num_spans_for(double total) const;
   void assign_partials();
   void serialise(PlanData& out) const;
 
   const CacheCore* core_ = nullptr;
   PlanRequest request_{};
+  int32_t max_tokens_ = 0;
   PlanCounts counts_{};
-  int32_t min_position_ = 0, max_position_ = 0;  // of the block being emitted
-
-  std::vector<Node> nodes_;
-  std::vector<int32_t> roots_;
-  std::vector<int32_t> node_of_link_;
-  std::vector<int32_t> order_;  // rows of the step, so that every node's rows stand together
-  std::vector<Group> groups_;
-  std::vector<int32_t> group_of_row_;
-  std::unordered_map<uint64_t, int32_t> group_of_interval_;
-  std::map<std::vector<Interval>, int32_t> group_of_set_;
+  Groups groups_;
+  std::vector<Token> all_tokens_;        // in the order of groups_
+  std::vector<int32_t> order_of_row_;    // inverse of groups_.order
+  const Token* block_first_ = nullptr;   // the block being emitted
+  int32_t block_count_ = 0;
   std::vector<int32_t> row_of_segment_;    // the row that writes on in it, -1: none
   std::vector<int32_t> pages_of_segment_;  // where its pages begin in pages_, -1: not there
   std::vector<int32_t> pages_of_row_;
@@ -118,10 +85,11 @@ class Planner {
   std::vector<int32_t> tokens_;
   std::vector<int32_t> positions_;
   std::vector<PlanItem> items_;
-  std::vector<int64_t> item_pairs_;
   std::vector<PlanRun> runs_;
   std::vector<int32_t> pages_;
   std::vector<uint64_t> words_;
+  std::vector<int32_t> spans_;
+  std::vector<double> span_ns_;
   std::vector<int32_t> merge_indptr_;
   std::vector<int32_t> merge_rows_;
 };

@@ -5,17 +5,10 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 
 from fork_attn import _C
-
-if TYPE_CHECKING:
-    from fork_attn.storage import Layer
-
-MAX_BLOCK_ROWS = 128  # rows (tokens x group) of one row block
-
 
 @dataclass(frozen=True)
 class PlanShape:
@@ -37,9 +30,7 @@ class Plan:
 
     buffer: torch.Tensor = field(repr=False)  # (words,) int64, the format of csrc/core/plan.h
     counts: dict[str, int]
-    item_pairs: tuple[int, ...] = field(
-        repr=False
-    )  # (query row, slot) pairs that each item computes
+    span_ns: tuple[float, ...] = field(repr=False)  # predicted time of each span, one KV head
     shape: PlanShape
     group: int  # query heads per KV head
     page_size: int
@@ -89,13 +80,12 @@ class Plan:
 
     @cached_property
     def work(self) -> tuple[float, ...]:
-        """FLOPs per worker when free workers take (item, KV head) pairs in the plan's order."""
+        """Predicted microseconds of each worker, as free workers take (span, KV head) pairs."""
         loads = [0.0] * self.num_workers
         heapq.heapify(loads)
-        per_head = self._pair_flops / self.shape.num_kv_heads
-        for pairs in self.item_pairs:
+        for ns in self.span_ns:
             for _ in range(self.shape.num_kv_heads):
-                heapq.heapreplace(loads, loads[0] + pairs * per_head)
+                heapq.heapreplace(loads, loads[0] + ns / 1000)
         return tuple(sorted(loads, reverse=True))
 
     @property
@@ -115,22 +105,23 @@ class Plan:
 
 
 def build_plan(
-    core: _C.CacheCore, layer: Layer, page_size: int, dtype: torch.dtype, num_workers: int
+    core: _C.CacheCore,
+    window: int | None,
+    shape: PlanShape,
+    page_size: int,
+    target: str,
+    num_workers: int,
 ) -> Plan:
-    """The plan of the core's open step for one layer and all that share its window and group."""
-    data = core.build_plan(layer.window or 0, layer.group, MAX_BLOCK_ROWS)
+    """The plan of the core's open step for one kind of layer, on a target of the cost table."""
+    group = shape.num_q_heads // shape.num_kv_heads
+    sizes = (shape.num_kv_heads, group, shape.head_dim, shape.head_dim_v, shape.itemsize)
+    data = core.build_plan(window or 0, sizes, target, num_workers)
     return Plan(
         torch.frombuffer(data, dtype=torch.int64),
         data.counts,
-        tuple(data.item_pairs),
-        PlanShape(
-            num_q_heads=layer.num_q_heads,
-            num_kv_heads=layer.num_kv_heads,
-            head_dim=layer.head_dim,
-            head_dim_v=layer.head_dim_v,
-            itemsize=dtype.itemsize,
-        ),
-        group=layer.group,
+        tuple(data.span_ns),
+        shape,
+        group=group,
         page_size=page_size,
         page_limit=data.page_limit,
         num_workers=num_workers,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from fork_attn.errors import StalePlan
-from fork_attn.plan import Plan, build_plan
+from fork_attn.plan import Plan, PlanShape, build_plan
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -69,7 +69,7 @@ class Step:
     def __init__(self, cache: ForkedKVCache, branches: tuple[Branch, ...], num_tokens: int) -> None:
         n = len(branches)
         self._cache = cache
-        self._plans: dict[tuple[int | None, int], Plan] = {}
+        self._plans: dict[tuple[int | None, PlanShape], Plan] = {}
         self.branches = branches
         self.num_tokens = num_tokens
         self.state = "open"
@@ -124,13 +124,14 @@ class Step:
             ValueError: no such layer.
             StalePlan: the step is closed.
         """
-        layer = self._cache._layer(layer_idx)
-        key = (layer.window, layer.group)
+        cache = self._cache
+        layer = cache._layer(layer_idx)
+        shape = layer.plan_shape(cache.dtype)
+        key = (layer.window, shape)
         if key not in self._plans:
             self._require_open("plan_for")
-            cache = self._cache
             self._plans[key] = build_plan(
-                cache._core, layer, cache.page_size, cache.dtype, cache.num_workers
+                cache._core, layer.window, shape, cache.page_size, "cpu", cache.num_workers
             )
         return self._plans[key]
 

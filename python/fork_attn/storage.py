@@ -9,6 +9,7 @@ from typing import Any, TypeVar, Union
 import torch
 
 from fork_attn import _C, checks
+from fork_attn.plan import PlanShape
 
 T = TypeVar("T")
 PerLayer = Union[T, Sequence[T]]  # noqa: UP007 - a generic alias must exist at run time
@@ -33,6 +34,12 @@ class Layer:
     def group(self) -> int:
         """Query heads per KV head."""
         return self.num_q_heads // self.num_kv_heads
+
+    def plan_shape(self, dtype: torch.dtype) -> PlanShape:
+        """What a plan needs to know of the layer; layers with the same window and shape share."""
+        return PlanShape(
+            self.num_q_heads, self.num_kv_heads, self.head_dim, self.head_dim_v, dtype.itemsize
+        )
 
     def caches(self) -> list[torch.Tensor]:
         """K and V, or nothing before the layer has memory."""

@@ -1,0 +1,245 @@
+#include "groups.h"
+
+#include <algorithm>
+#include <climits>
+
+namespace fork_attn {
+
+void Groups::build(const CacheCore& core, int32_t window) {
+  core_ = &core;
+  window_ = window;
+  nodes_.clear();
+  node_roots_.clear();
+  order.clear();
+  token_begin.clear();
+  groups.clear();
+  roots.clear();
+  outside.clear();
+  group_of_range_.clear();
+  group_of_set_.clear();
+  node_of_link_.assign(core.store().links.size(), -1);
+  collect_nodes();
+  order_rows();
+  const Step& step = core.step();
+  groups.resize(order.size());
+  token_begin.push_back(0);
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    const auto at = static_cast<int32_t>(i);
+    groups[i].rows = {{at, at + 1}};
+    token_begin.push_back(token_begin.back() + step.rows[order[i]].num_tokens);
+  }
+  collect_pieces();
+  count_slots();
+  build_tree();
+}
+
+int32_t Groups::add_node(Index link, int32_t row) {
+  nodes_.push_back({link, row, -1, -1, -1, 0, 0, 0});
+  return static_cast<int32_t>(nodes_.size() - 1);
+}
+
+void Groups::append_child(int32_t parent, int32_t child) {
+  Node& p = nodes_[parent];
+  if (p.last_child < 0) {
+    p.first_child = child;
+  } else {
+    nodes_[p.last_child].next_sibling = child;
+  }
+  p.last_child = child;
+}
+
+// The forest of links that the step's rows see, with the rows as leaves.
+void Groups::collect_nodes() {
+  const Step& step = core_->step();
+  for (std::size_t r = 0; r < step.rows.size(); ++r) {
+    const StepRow& row = step.rows[r];
+    int32_t child = add_node(kNone, static_cast<int32_t>(r));
+    Index link = core_->branches()[row.branch].head;
+    for (; link != kNone; link = core_->store().links[link].parent) {
+      if (node_of_link_[link] >= 0) {
+        append_child(node_of_link_[link], child);
+        break;
+      }
+      const int32_t node = add_node(link, -1);
+      node_of_link_[link] = node;
+      append_child(node, child);
+      child = node;
+    }
+    if (link == kNone) node_roots_.push_back(child);
+  }
+}
+
+// Depth first, so that the rows below any node are a range.
+void Groups::order_rows() {
+  std::vector<int32_t> stack(node_roots_.rbegin(), node_roots_.rend());
+  int32_t rank = 0;
+  while (!stack.empty()) {
+    const int32_t top = stack.back();
+    stack.pop_back();
+    if (top < 0) {
+      nodes_[~top].end = static_cast<int32_t>(order.size());
+      continue;
+    }
+    Node& node = nodes_[top];
+    node.begin = static_cast<int32_t>(order.size());
+    node.rank = rank++;
+    if (node.row >= 0) order.push_back(node.row);
+    stack.push_back(~top);
+    const std::size_t base = stack.size();
+    for (int32_t c = node.first_child; c >= 0; c = nodes_[c].next_sibling) stack.push_back(c);
+    std::reverse(stack.begin() + static_cast<std::ptrdiff_t>(base), stack.end());
+  }
+}
+
+int32_t Groups::group_of(const std::vector<RowRange>& rows) {
+  if (rows.size() == 1 && rows[0].end == rows[0].begin + 1) return rows[0].begin;
+  int32_t* slot;
+  if (rows.size() == 1) {
+    const uint64_t key = (static_cast<uint64_t>(rows[0].begin) << 32) | static_cast<uint32_t>(rows[0].end);
+    slot = &group_of_range_.try_emplace(key, -1).first->second;
+  } else {
+    slot = &group_of_set_.try_emplace(rows, -1).first->second;
+  }
+  if (*slot < 0) {
+    *slot = static_cast<int32_t>(groups.size());
+    groups.emplace_back();
+    groups.back().rows = rows;
+  }
+  return *slot;
+}
+
+void Groups::add_piece(const std::vector<RowRange>& rows, const Node& node, int32_t lo,
+                        int32_t hi) {
+  const Link& l = core_->store().links[node.link];
+  const int64_t first = core_->store().segments[l.segment].first_position + lo + l.position_shift;
+  groups[group_of(rows)].pieces.push_back({node.rank, l.segment, lo, hi, first});
+}
+
+void Groups::collect_pieces() {
+  const ContextStore& store = core_->store();
+  std::vector<int32_t> by_segment;
+  for (std::size_t n = 0; n < nodes_.size(); ++n) {
+    if (nodes_[n].link != kNone) by_segment.push_back(static_cast<int32_t>(n));
+  }
+  const auto segment_of = [&](int32_t n) { return store.links[nodes_[n].link].segment; };
+  std::sort(by_segment.begin(), by_segment.end(), [&](int32_t a, int32_t b) {
+    return segment_of(a) != segment_of(b) ? segment_of(a) < segment_of(b)
+                                          : nodes_[a].rank < nodes_[b].rank;
+  });
+  for (std::size_t first = 0; first < by_segment.size();) {
+    std::size_t last = first + 1;
+    while (last < by_segment.size() &&
+           segment_of(by_segment[last]) == segment_of(by_segment[first]))
+      ++last;
+    const Node& node = nodes_[by_segment[first]];
+    if (last == first + 1) {
+      const Link& l = store.links[node.link];
+      add_piece({{node.begin, node.end}}, node, l.lo, l.hi);
+    } else {
+      sweep(by_segment.data() + first, by_segment.data() + last);
+    }
+    first = last;
+  }
+}
+
+// Several links on one segment: cut it where the set of readers changes.
+void Groups::sweep(const int32_t* first, const int32_t* last) {
+  const ContextStore& store = core_->store();
+  std::vector<int32_t> bounds;
+  for (const int32_t* n = first; n != last; ++n) {
+    bounds.push_back(store.links[nodes_[*n].link].lo);
+    bounds.push_back(store.links[nodes_[*n].link].hi);
+  }
+  std::sort(bounds.begin(), bounds.end());
+  bounds.erase(std::unique(bounds.begin(), bounds.end()), bounds.end());
+  std::vector<RowRange> rows;
+  for (std::size_t i = 0; i + 1 < bounds.size(); ++i) {
+    rows.clear();
+    const Node* reader = nullptr;
+    for (const int32_t* n = first; n != last; ++n) {
+      const Node& node = nodes_[*n];
+      const Link& l = store.links[node.link];
+      if (l.lo > bounds[i] || l.hi < bounds[i + 1]) continue;
+      if (reader == nullptr) reader = &node;
+      rows.push_back({node.begin, node.end});
+    }
+    if (reader == nullptr) continue;
+    std::sort(rows.begin(), rows.end());
+    std::size_t kept = 0;  // neighbouring ranges become one
+    for (std::size_t k = 1; k < rows.size(); ++k) {
+      if (rows[k].begin <= rows[kept].end) {
+        rows[kept].end = std::max(rows[kept].end, rows[k].end);
+      } else {
+        rows[++kept] = rows[k];
+      }
+    }
+    rows.resize(kept + 1);
+    add_piece(rows, *reader, bounds[i], bounds[i + 1]);
+  }
+}
+
+// Slots of a piece that the window leaves visible to some row of the group.
+int64_t Groups::visible_slots(const Piece& piece, const Group& group) const {
+  const int64_t slots = piece.hi - piece.lo;
+  if (window_ == 0) return slots;
+  int64_t least = INT64_MAX;  // the first row's position is a branch's least
+  for (const RowRange& rows : group.rows) {
+    for (int32_t i = rows.begin; i < rows.end; ++i) {
+      least = std::min(least, core_->step().positions[core_->step().rows[order[i]].row_begin]);
+    }
+  }
+  return slots - std::clamp<int64_t>(least - window_ + 1 - piece.first_position, 0, slots);
+}
+
+void Groups::count_slots() {
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    Group& group = groups[g];
+    std::sort(group.pieces.begin(), group.pieces.end(), [](const Piece& a, const Piece& b) {
+      return a.rank != b.rank ? a.rank < b.rank : a.lo < b.lo;
+    });
+    group.token_begin = token_begin[group.rows.front().begin];
+    group.token_end = token_begin[group.rows.back().end];
+    for (const Piece& piece : group.pieces) group.slots += visible_slots(piece, group);
+    if (g < order.size()) group.slots += group.token_end - group.token_begin;
+  }
+}
+
+// Nests the groups by their rows, widest first.
+void Groups::build_tree() {
+  crossed.assign(order.size(), 0);
+  std::vector<int32_t> nested;
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    (groups[g].rows.size() == 1 ? nested : outside).push_back(static_cast<int32_t>(g));
+  }
+  std::sort(nested.begin(), nested.end(), [&](int32_t a, int32_t b) {
+    const RowRange x = groups[a].rows[0];
+    const RowRange y = groups[b].rows[0];
+    return x.begin != y.begin ? x.begin < y.begin : x.end > y.end;
+  });
+  std::vector<int32_t> path;
+  for (const int32_t g : nested) {
+    const RowRange rows = groups[g].rows[0];
+    while (!path.empty() && groups[path.back()].rows[0].end <= rows.begin) path.pop_back();
+    if (!path.empty() && groups[path.back()].rows[0].end < rows.end) {  // a joined range across a fork
+      outside.push_back(g);
+      continue;
+    }
+    groups[g].in_tree = true;
+    groups[g].depth = static_cast<int32_t>(path.size());
+    (path.empty() ? roots : groups[path.back()].children).push_back(g);
+    path.push_back(g);
+  }
+  for (std::size_t k = nested.size(); k-- > 0;) {  // children after parents in `nested`
+    Group& group = groups[nested[k]];
+    if (!group.in_tree) continue;
+    group.subtree_slots = group.slots;
+    for (const int32_t c : group.children) group.subtree_slots += groups[c].subtree_slots;
+  }
+  for (const int32_t g : outside) {
+    for (const RowRange& rows : groups[g].rows) {
+      std::fill(crossed.begin() + rows.begin, crossed.begin() + rows.end, 1);
+    }
+  }
+}
+
+}  // namespace fork_attn

@@ -1,0 +1,79 @@
+// Who reads what in an open step: its slots, grouped by the set of branches that see them.
+#pragma once
+
+#include <compare>
+#include <cstdint>
+#include <map>
+#include <unordered_map>
+#include <vector>
+
+#include "cache_core.h"
+
+namespace fork_attn {
+
+struct RowRange {
+  int32_t begin, end;  // of Groups::order
+  auto operator<=>(const RowRange&) const = default;
+};
+
+struct Piece {  // slots [lo, hi) of a segment
+  int32_t rank;  // context order
+  Index segment;
+  int32_t lo, hi;
+  int64_t first_position;
+};
+
+struct Group {
+  std::vector<RowRange> rows;  // who sees it; several ranges only where contexts were joined
+  std::vector<Piece> pieces;
+  int64_t slots = 0;
+  // The tree of groups: a child's rows lie within its parent's. Groups that cross others stand outside.
+  bool in_tree = false;
+  int32_t depth = 0;
+  std::vector<int32_t> children;
+  int64_t subtree_slots = 0;
+  int32_t token_begin = 0, token_end = 0;  // of its rows, in order; of the hull outside the tree
+};
+
+class Groups {
+ public:
+  void build(const CacheCore& core, int32_t window);
+
+  std::vector<int32_t> order;           // the step's rows, so that those which share most are neighbours
+  std::vector<int32_t> token_begin;     // of each of `order`, and the end: new tokens laid out in that order
+  std::vector<Group> groups;            // group i < order.size() is row order[i]'s own, new tokens included in slots
+  std::vector<int32_t> roots;           // of the tree
+  std::vector<int32_t> outside;         // groups that cross others
+  std::vector<uint8_t> crossed;         // per entry of order: some group outside the tree holds it
+
+ private:
+  struct Node {  // a link that some row sees; or, as a leaf, a row
+    Index link;
+    int32_t row;
+    int32_t first_child, last_child, next_sibling;
+    int32_t begin, end;
+    int32_t rank;
+  };
+
+  void collect_nodes();
+  int32_t add_node(Index link, int32_t row);
+  void append_child(int32_t parent, int32_t child);
+  void order_rows();
+  void collect_pieces();
+  void sweep(const int32_t* first, const int32_t* last);
+  void add_piece(const std::vector<RowRange>& rows, const Node& node, int32_t lo, int32_t hi);
+  int32_t group_of(const std::vector<RowRange>& rows);
+  int64_t visible_slots(const Piece& piece, const Group& group) const;
+  void count_slots();
+  void build_tree();
+
+  const CacheCore* core_ = nullptr;
+  int32_t window_ = 0;
+  std::vector<Node> nodes_;
+  std::vector<int32_t> node_roots_;
+  std::vector<int32_t> node_of_link_;
+  std::unordered_map<uint64_t, int32_t> group_of_range_;
+  std::map<std::vector<RowRange>, int32_t> group_of_set_;
+};
+
+}  // namespace fork_attn
