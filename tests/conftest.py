@@ -1,8 +1,9 @@
-"""Random inputs are new in every run; a failing test's output names the seed that repeats them."""
+"""What test files share. Random inputs are new in every run; a failure names its seed."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,3 +20,12 @@ def fresh_random_tensors(request: pytest.FixtureRequest) -> None:
         seed = int.from_bytes(os.urandom(4), "little")
     torch.manual_seed(seed)
     print(f"--torch-seed {seed}")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny models: threads that wait for each other cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -215,7 +215,11 @@ def test_picture_is_xml_with_every_label(tiny_trace: trace.Trace) -> None:
     text = " ".join(ET.fromstring(picture.draw(tiny_trace)).itertext())
     for node in tiny_trace.threads:
         assert node.label in text
-    for words in ("Why?", f"{tiny_trace.total_tokens} tokens written", "sees the prompt and all 4"):
+    for words in (
+        "Why?",
+        f"{tiny_trace.total_tokens} tokens written after the prompt",
+        "sees the prompt and all 4",
+    ):
         assert words in text
 
 

@@ -236,14 +236,15 @@ void bind_step(py::class_<PyCore>& c) {
            })
       .def("commit_step", verb(&CacheCore::commit_step))
       .def("rollback_step", verb(&CacheCore::rollback_step))
-      .def("build_plan", [](PyCore& self, int32_t window, const std::tuple<int32_t, int32_t, int32_t, int32_t,
-                                                                           int32_t>& shape,
+      .def("build_plan", [](PyCore& self, int32_t window,
+                            const std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>& shape,
                             const std::string& target, int32_t workers) {
         Use use(self);
         const auto [num_kv_heads, group, head_dim, head_dim_v, itemsize] = shape;
         const TargetCosts& costs = target_costs(target);
         return self.planner.build(
-            self.core, {window, {num_kv_heads, group, head_dim, head_dim_v, itemsize}, &costs, workers});
+            self.core,
+            {window, {num_kv_heads, group, head_dim, head_dim_v, itemsize}, &costs, workers});
       });
 }
 

@@ -8,7 +8,8 @@ double BlockChooser::block_cost(int64_t tokens, int64_t slots, bool partial) con
   return costs_.item(tokens, slots) + (partial ? costs_.partials(tokens) : 0.0);
 }
 
-// One row's own tokens over everything before them; blocks of a long prefill see more and more of its own slots.
+// One row's own tokens over everything before them; blocks of a long prefill see more and more of
+// its own slots.
 double BlockChooser::leaf_cost(const Group& group, int64_t slots_above, bool partial) const {
   const int64_t count = tokens(group);
   const int64_t context = slots_above + group.slots - count;
@@ -32,9 +33,11 @@ BlockChooser::Above BlockChooser::below(const Group& group, const Above& above, 
   return keep ? Above{group.depth + 1, 0} : Above{above.kept, above.slots + group.slots};
 }
 
-// Splits children into packs, greedily: a child joins its elder neighbours where one block costs less than two.
+// Splits children into packs, greedily: a child joins its elder neighbours where one block costs
+// less than two.
 template <class F>
-double BlockChooser::each_pack(const std::vector<int32_t>& children, const Above& above, F&& visit) {
+double BlockChooser::each_pack(const std::vector<int32_t>& children, const Above& above,
+                               F&& visit) {
   double total = 0;
   Pack pack{0, 0, 0, 0};
   double pack_cost = 0;
@@ -42,8 +45,9 @@ double BlockChooser::each_pack(const std::vector<int32_t>& children, const Above
     const Group& child = groups_.groups[children[i]];
     const double alone = best(children[i], above).cost;
     if (pack.last > pack.first && pack.tokens + tokens(child) <= max_tokens_) {
-      const double joined = block_cost(pack.tokens + tokens(child), above.slots + pack.slots + child.subtree_slots,
-                                       partial(above, child));
+      const double joined =
+          block_cost(pack.tokens + tokens(child), above.slots + pack.slots + child.subtree_slots,
+                     partial(above, child));
       if (joined <= pack_cost + alone) {
         pack.last = i + 1;
         pack.slots += child.subtree_slots;
@@ -84,7 +88,8 @@ const BlockChooser::Best& BlockChooser::best(int32_t index, const Above& above) 
                         packs_cost(group.children, below(group, above, true));
     if (kept < found.cost) found = {kept, How::kKeep};
     if (tokens(group) <= max_tokens_) {
-      const double whole = block_cost(tokens(group), above.slots + group.subtree_slots, writes_partials);
+      const double whole =
+          block_cost(tokens(group), above.slots + group.subtree_slots, writes_partials);
       if (whole < found.cost) found = {whole, How::kWhole};
     }
   }
@@ -96,8 +101,8 @@ BlockChoice BlockChooser::choose() {
   out_ = {};
   const Above nothing{0, 0};
   out_.cost = packs_cost(groups_.roots, nothing);
-  // Groups that cross the tree are read by themselves. Their blocks go by the hull of their rows, so that a block's
-  // tokens stay a range; rows in between that do not see the group are masked.
+  // Groups that cross the tree are read by themselves. Their blocks go by the hull of their rows,
+  // so that a block's tokens stay a range; rows in between that do not see the group are masked.
   for (const int32_t g : groups_.outside) {
     const Group& group = groups_.groups[g];
     out_.cost += kept_cost(group, group.slots);
@@ -107,7 +112,8 @@ BlockChoice BlockChooser::choose() {
   return std::move(out_);
 }
 
-void BlockChooser::emit_blocks(int32_t begin, int32_t end, int32_t kept, const int32_t* first, const int32_t* last) {
+void BlockChooser::emit_blocks(int32_t begin, int32_t end, int32_t kept, const int32_t* first,
+                               const int32_t* last) {
   const auto streams_begin = static_cast<int32_t>(out_.streams.size());
   if (kept < static_cast<int32_t>(path_.size())) {
     out_.streams.insert(out_.streams.end(), path_.begin() + kept, path_.end());
@@ -139,7 +145,8 @@ void BlockChooser::emit(int32_t index, const Above& above) {
     return;
   }
   path_.push_back(index);
-  if (found.how == How::kKeep) {  // path_ ends with the group itself: read it and what was pushed down to it
+  if (found.how ==
+      How::kKeep) {  // path_ ends with the group itself: read it and what was pushed down to it
     emit_blocks(group.token_begin, group.token_end, above.kept, nullptr, nullptr);
     emit_packs(group.children, below(group, above, true));
   } else {
@@ -154,8 +161,9 @@ void BlockChooser::emit_packs(const std::vector<int32_t>& children, const Above&
       emit(children[pack.first], above);
       return;
     }
-    emit_blocks(groups_.groups[children[pack.first]].token_begin, groups_.groups[children[pack.last - 1]].token_end,
-                above.kept, children.data() + pack.first, children.data() + pack.last);
+    emit_blocks(groups_.groups[children[pack.first]].token_begin,
+                groups_.groups[children[pack.last - 1]].token_end, above.kept,
+                children.data() + pack.first, children.data() + pack.last);
   });
 }
 

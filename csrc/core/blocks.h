@@ -1,8 +1,10 @@
-// Which query tokens are served together, and what each block of them reads: absorb or keep, by cost.
+// Which query tokens are served together, and what each block of them reads: absorb or keep, by
+// cost.
 //
-// A block may stream a whole subtree of contexts, ancestors included, with no partial results; or an ancestor becomes
-// an item of its own, read once for all below it, and everybody below writes partial results. The choice is the least
-// cost over the tree of groups: bytes read again, arithmetic on masked slots, and partials all have their price.
+// A block may stream a whole subtree of contexts, ancestors included, with no partial results; or
+// an ancestor becomes an item of its own, read once for all below it, and everybody below writes
+// partial results. The choice is the least cost over the tree of groups: bytes read again,
+// arithmetic on masked slots, and partials all have their price.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +34,11 @@ class BlockChooser {
   BlockChoice choose();
 
  private:
-  // What is above a subtree: groups on the way from below `kept` (a depth; everything above is read elsewhere).
+  // What is above a subtree: groups on the way from below `kept` (a depth; everything above is read
+  // elsewhere).
   struct Above {
-    int32_t kept;    // how many of the ancestors are read by items of their own, or above one that is
-    int64_t slots;   // of the ancestors that are not, which each block below reads itself
+    int32_t kept;  // how many of the ancestors are read by items of their own, or above one that is
+    int64_t slots;  // of the ancestors that are not, which each block below reads itself
   };
   enum class How : uint8_t { kWhole, kKeep, kPush };
   struct Best {
@@ -63,7 +66,8 @@ class BlockChooser {
 
   void emit(int32_t group, const Above& above);
   void emit_packs(const std::vector<int32_t>& children, const Above& above);
-  void emit_blocks(int32_t token_begin, int32_t token_end, int32_t kept, const int32_t* first, const int32_t* last);
+  void emit_blocks(int32_t token_begin, int32_t token_end, int32_t kept, const int32_t* first,
+                   const int32_t* last);
   void add_subtree(int32_t group);
 
   const Groups& groups_;

@@ -10,9 +10,9 @@ namespace fork_attn {
 
 namespace {
 
-// A100 SXM: 108 SMs, 2.0 TB/s, 312 TFLOP/s. H200: 132 SMs, 4.8 TB/s, 989 TFLOP/s. B200: 148 SMs, 8 TB/s, 2250 TFLOP/s
-// (dense bf16). Small tiles run on mma.sync, taken as 60 % of the rate. exp: 16 a clock and SM. The CPU is one AVX-512
-// core at about 3 GHz, with its share of a server's memory.
+// A100 SXM: 108 SMs, 2.0 TB/s, 312 TFLOP/s. H200: 132 SMs, 4.8 TB/s, 989 TFLOP/s. B200: 148 SMs, 8
+// TB/s, 2250 TFLOP/s (dense bf16). Small tiles run on mma.sync, taken as 60 % of the rate. exp: 16
+// a clock and SM. The CPU is one AVX-512 core at about 3 GHz, with its share of a server's memory.
 constexpr std::array<TargetCosts, 4> kTargets = {{
     {"cpu", 0, 128, 4, 10.0, 60.0, 60.0, 1, 8, 0.6, 1500.0, 64},
     {"sm_80", 108, 128, 1, 18.5, 1730.0, 2890.0, 16, 0, 0.044, 1500.0, 64},
@@ -26,12 +26,14 @@ const TargetCosts& target_costs(std::string_view name) {
   for (const TargetCosts& t : kTargets) {
     if (name == t.name) return t;
   }
-  fail(ErrorKind::kValue, "target: expected cpu, sm_80, sm_90 or sm_100, got '" + std::string(name) + "'");
+  fail(ErrorKind::kValue,
+       "target: expected cpu, sm_80, sm_90 or sm_100, got '" + std::string(name) + "'");
 }
 
 double CostModel::slot(int64_t tokens) const {
   const int64_t rows = tokens * shape_.group;
-  const int64_t padded = (rows + target_.row_quantum - 1) / target_.row_quantum * target_.row_quantum;
+  const int64_t padded =
+      (rows + target_.row_quantum - 1) / target_.row_quantum * target_.row_quantum;
   const double flops = 2.0 * (shape_.head_dim + shape_.head_dim_v);
   const double rate = padded < 64 ? target_.flops_per_ns_small : target_.flops_per_ns;
   const double compute = static_cast<double>(padded + target_.load_rows) * flops / rate +
@@ -41,7 +43,8 @@ double CostModel::slot(int64_t tokens) const {
 }
 
 double CostModel::partials(int64_t tokens) const {
-  const double bytes = 2.0 * static_cast<double>(tokens * shape_.group) * (shape_.head_dim_v + 1) * sizeof(float);
+  const double bytes =
+      2.0 * static_cast<double>(tokens * shape_.group) * (shape_.head_dim_v + 1) * sizeof(float);
   return bytes / target_.bytes_per_ns;
 }
 

@@ -1,4 +1,5 @@
-// What work costs on a target, as far as the planner needs to know. One table, from datasheets until calibrated.
+// What work costs on a target, as far as the planner needs to know. One table, from datasheets
+// until calibrated.
 #pragma once
 
 #include <cstdint>
@@ -8,17 +9,18 @@ namespace fork_attn {
 
 struct TargetCosts {
   const char* name;
-  int32_t workers;          // SMs; 0: the caller says (cores)
-  int32_t max_rows;         // rows (tokens x group) of a row block
-  int32_t spans_per_worker;  // equal pieces to aim at: 1 where workers run in step, more where they drift
-  double bytes_per_ns;      // memory bandwidth of one worker when all stream
+  int32_t workers;           // SMs; 0: the caller says (cores)
+  int32_t max_rows;          // rows (tokens x group) of a row block
+  int32_t spans_per_worker;  // equal pieces to aim at: 1 where workers run in step, more where they
+                             // drift
+  double bytes_per_ns;       // memory bandwidth of one worker when all stream
   double flops_per_ns_small;  // one worker's rate on tiles below 64 rows
   double flops_per_ns;        // and from 64 rows on
-  int32_t row_quantum;      // rows are padded to a multiple of this
-  int32_t load_rows;        // reading a slot into the core costs as much arithmetic as this many rows
-  double ns_per_exp;        // per score
-  double item_ns;           // fixed cost of a work item
-  int32_t tile_slots;       // items are cut at multiples of this
+  int32_t row_quantum;        // rows are padded to a multiple of this
+  int32_t load_rows;   // reading a slot into the core costs as much arithmetic as this many rows
+  double ns_per_exp;   // per score
+  double item_ns;      // fixed cost of a work item
+  int32_t tile_slots;  // items are cut at multiples of this
 };
 
 // "cpu", "sm_80", "sm_90", "sm_100"; kValue for any other.
@@ -27,10 +29,10 @@ const TargetCosts& target_costs(std::string_view name);
 // The shape of one layer, all heads alike.
 struct LayerShape {
   int32_t num_kv_heads;
-  int32_t group;       // query heads per KV head
+  int32_t group;  // query heads per KV head
   int32_t head_dim;
   int32_t head_dim_v;
-  int32_t itemsize;    // bytes of a K or V element
+  int32_t itemsize;  // bytes of a K or V element
 };
 
 class CostModel {
@@ -38,7 +40,9 @@ class CostModel {
   CostModel(const TargetCosts& target, const LayerShape& shape) : target_(target), shape_(shape) {}
 
   // Nanoseconds for one KV head: `tokens` query tokens over `slots` slots of KV.
-  double item(int64_t tokens, int64_t slots) const { return target_.item_ns + slots * slot(tokens); }
+  double item(int64_t tokens, int64_t slots) const {
+    return target_.item_ns + slots * slot(tokens);
+  }
   double slot(int64_t tokens) const;
   // Writing the partial rows of that many tokens, and reading them back to merge.
   double partials(int64_t tokens) const;

@@ -95,7 +95,8 @@ int32_t Groups::group_of(const std::vector<RowRange>& rows) {
   if (rows.size() == 1 && rows[0].end == rows[0].begin + 1) return rows[0].begin;
   int32_t* slot;
   if (rows.size() == 1) {
-    const uint64_t key = (static_cast<uint64_t>(rows[0].begin) << 32) | static_cast<uint32_t>(rows[0].end);
+    const uint64_t key =
+        (static_cast<uint64_t>(rows[0].begin) << 32) | static_cast<uint32_t>(rows[0].end);
     slot = &group_of_range_.try_emplace(key, -1).first->second;
   } else {
     slot = &group_of_set_.try_emplace(rows, -1).first->second;
@@ -109,7 +110,7 @@ int32_t Groups::group_of(const std::vector<RowRange>& rows) {
 }
 
 void Groups::add_piece(const std::vector<RowRange>& rows, const Node& node, int32_t lo,
-                        int32_t hi) {
+                       int32_t hi) {
   const Link& l = core_->store().links[node.link];
   const int64_t first = core_->store().segments[l.segment].first_position + lo + l.position_shift;
   groups[group_of(rows)].pieces.push_back({node.rank, l.segment, lo, hi, first});
@@ -220,7 +221,8 @@ void Groups::build_tree() {
   for (const int32_t g : nested) {
     const RowRange rows = groups[g].rows[0];
     while (!path.empty() && groups[path.back()].rows[0].end <= rows.begin) path.pop_back();
-    if (!path.empty() && groups[path.back()].rows[0].end < rows.end) {  // a joined range across a fork
+    if (!path.empty() &&
+        groups[path.back()].rows[0].end < rows.end) {  // a joined range across a fork
       outside.push_back(g);
       continue;
     }

@@ -16,7 +16,7 @@ struct RowRange {
   auto operator<=>(const RowRange&) const = default;
 };
 
-struct Piece {  // slots [lo, hi) of a segment
+struct Piece {   // slots [lo, hi) of a segment
   int32_t rank;  // context order
   Index segment;
   int32_t lo, hi;
@@ -27,7 +27,8 @@ struct Group {
   std::vector<RowRange> rows;  // who sees it; several ranges only where contexts were joined
   std::vector<Piece> pieces;
   int64_t slots = 0;
-  // The tree of groups: a child's rows lie within its parent's. Groups that cross others stand outside.
+  // The tree of groups: a child's rows lie within its parent's. Groups that cross others stand
+  // outside.
   bool in_tree = false;
   int32_t depth = 0;
   std::vector<int32_t> children;
@@ -39,12 +40,14 @@ class Groups {
  public:
   void build(const CacheCore& core, int32_t window);
 
-  std::vector<int32_t> order;           // the step's rows, so that those which share most are neighbours
-  std::vector<int32_t> token_begin;     // of each of `order`, and the end: new tokens laid out in that order
-  std::vector<Group> groups;            // group i < order.size() is row order[i]'s own, new tokens included in slots
-  std::vector<int32_t> roots;           // of the tree
-  std::vector<int32_t> outside;         // groups that cross others
-  std::vector<uint8_t> crossed;         // per entry of order: some group outside the tree holds it
+  std::vector<int32_t> order;  // the step's rows, so that those which share most are neighbours
+  std::vector<int32_t>
+      token_begin;  // of each of `order`, and the end: new tokens laid out in that order
+  std::vector<Group>
+      groups;  // group i < order.size() is row order[i]'s own, new tokens included in slots
+  std::vector<int32_t> roots;    // of the tree
+  std::vector<int32_t> outside;  // groups that cross others
+  std::vector<uint8_t> crossed;  // per entry of order: some group outside the tree holds it
 
  private:
   struct Node {  // a link that some row sees; or, as a leaf, a row

@@ -1,5 +1,5 @@
-// Turns the open step of a cache into a plan (see plan.h for the format): who is served together (blocks.h), in items
-// that are cut into spans of equal cost.
+// Turns the open step of a cache into a plan (see plan.h for the format): who is served together
+// (blocks.h), in items that are cut into spans of equal cost.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ struct PlanCounts {
   int64_t tile_unique_slots;  // slots once per block's worth of tokens that see them
   int64_t read_slots;         // slots that the items read
   int64_t visible_pairs;      // (query row, slot) pairs that attend
-  int64_t executed_pairs;     // (query row, slot) pairs that the items compute, masked ones included
+  int64_t executed_pairs;  // (query row, slot) pairs that the items compute, masked ones included
   int64_t num_tokens, num_blocks, num_items, num_runs, num_partial_rows;
 };
 
@@ -73,9 +73,9 @@ class Planner {
   int32_t max_tokens_ = 0;
   PlanCounts counts_{};
   Groups groups_;
-  std::vector<Token> all_tokens_;        // in the order of groups_
-  std::vector<int32_t> order_of_row_;    // inverse of groups_.order
-  const Token* block_first_ = nullptr;   // the block being emitted
+  std::vector<Token> all_tokens_;       // in the order of groups_
+  std::vector<int32_t> order_of_row_;   // inverse of groups_.order
+  const Token* block_first_ = nullptr;  // the block being emitted
   int32_t block_count_ = 0;
   std::vector<int32_t> row_of_segment_;    // the row that writes on in it, -1: none
   std::vector<int32_t> pages_of_segment_;  // where its pages begin in pages_, -1: not there

@@ -43,7 +43,9 @@ int64_t Planner::num_spans_for(double total) const {
   const int64_t heads = request_.shape.num_kv_heads;
   const int64_t workers = request_.workers;
   const int64_t wanted = std::max<int64_t>(1, workers * request_.target->spans_per_worker / heads);
-  const double shortest = 4.0 * request_.target->item_ns;  // a span that costs less than its fixed share is not worth it
+  const double shortest =
+      4.0 *
+      request_.target->item_ns;  // a span that costs less than its fixed share is not worth it
   const int64_t limit = std::max<int64_t>(1, static_cast<int64_t>(total / shortest));
   constexpr double kGoodEnough = 1.0 / 1.05;
   int64_t best = 1;
@@ -69,9 +71,11 @@ void Planner::cut_into_spans() {
     return slots;
   };
   double total = 0;
-  for (const PlanItem& item : items_) total += costs.item(blocks_[item.block].num_tokens, slots_of(runs_, item));
+  for (const PlanItem& item : items_)
+    total += costs.item(blocks_[item.block].num_tokens, slots_of(runs_, item));
   const int64_t num_spans = num_spans_for(total);
-  total += static_cast<double>(num_spans - 1) * request_.target->item_ns;  // a cut makes one item more
+  total +=
+      static_cast<double>(num_spans - 1) * request_.target->item_ns;  // a cut makes one item more
   const double span = total / static_cast<double>(num_spans);
   const double tile = request_.target->tile_slots;
 
@@ -123,7 +127,8 @@ void Planner::assign_partials() {
   for (PlanItem& item : items_) {
     const PlanBlock& b = blocks_[item.block];
     bool shared = false;
-    for (int32_t t = 0; t < b.num_tokens; ++t) shared |= merge_indptr_[tokens_[b.token_begin + t] + 1] > 1;
+    for (int32_t t = 0; t < b.num_tokens; ++t)
+      shared |= merge_indptr_[tokens_[b.token_begin + t] + 1] > 1;
     item.partial_begin = shared ? next : -1;
     if (shared) next += b.num_tokens;
   }

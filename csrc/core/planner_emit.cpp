@@ -21,12 +21,14 @@ void Planner::lay_out_tokens() {
   for (std::size_t i = 0; i < groups_.order.size(); ++i) {
     const int32_t row = groups_.order[i];
     order_of_row_[row] = static_cast<int32_t>(i);
-    for (int32_t t = 0; t < core_->step().rows[row].num_tokens; ++t) all_tokens_.push_back({row, t});
+    for (int32_t t = 0; t < core_->step().rows[row].num_tokens; ++t)
+      all_tokens_.push_back({row, t});
   }
 }
 
 int32_t Planner::position(const Token& token) const {
-  return static_cast<int32_t>(core_->step().positions[core_->step().rows[token.row].row_begin + token.index]);
+  return static_cast<int32_t>(
+      core_->step().positions[core_->step().rows[token.row].row_begin + token.index]);
 }
 
 int32_t Planner::segment_pages(Index segment) {
@@ -96,7 +98,8 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
 void Planner::emit_piece(const Piece& piece, uint64_t mask) {
   const int32_t page_size = core_->page_size();
   const int32_t begin = segment_pages(piece.segment);
-  push_run({mask, begin + piece.lo / page_size, piece.lo % page_size, piece.hi - piece.lo, 0, kFull, 0, 0, 0},
+  push_run({mask, begin + piece.lo / page_size, piece.lo % page_size, piece.hi - piece.lo, 0, kFull,
+            0, 0, 0},
            piece.first_position);
 }
 
@@ -110,19 +113,21 @@ void Planner::emit_own(int32_t order_index) {
   const int32_t last = std::min(row.num_tokens, block_count_ - at);
   if (row.draft) return emit_draft(row, first, last - first, at + first);
   const int32_t page_size = core_->page_size();
-  const PlanRun run{bits(at + first, last - first),
-                    row_pages(r) + row.first_slot / page_size,
-                    row.first_slot % page_size,
-                    last,
-                    0,
-                    last - first > 1 ? kDiagonal : kFull,
-                    1 - at,  // token `bit` is the branch's token bit - at, and sees bit - at + 1 slots
-                    0,
-                    0};
+  const PlanRun run{
+      bits(at + first, last - first),
+      row_pages(r) + row.first_slot / page_size,
+      row.first_slot % page_size,
+      last,
+      0,
+      last - first > 1 ? kDiagonal : kFull,
+      1 - at,  // token `bit` is the branch's token bit - at, and sees bit - at + 1 slots
+      0,
+      0};
   push_run(run, core_->step().positions[row.row_begin]);
 }
 
-// A draft token sees its ancestors in the draft and itself: one word per slot, the window worked in.
+// A draft token sees its ancestors in the draft and itself: one word per slot, the window worked
+// in.
 void Planner::emit_draft(const StepRow& row, int32_t first, int32_t count, int32_t bit) {
   const Step& step = core_->step();
   const auto words_begin = static_cast<int32_t>(words_.size());
@@ -136,11 +141,13 @@ void Planner::emit_draft(const StepRow& row, int32_t first, int32_t count, int32
   }
   const int32_t page_size = core_->page_size();
   const int32_t r = block_first_[bit].row;
-  runs_.push_back({bits(bit, count), row_pages(r) + row.first_slot / page_size, row.first_slot % page_size,
-                   first + count, static_cast<int32_t>(positions[0]), kPerSlot, 0, words_begin, 0});
+  runs_.push_back({bits(bit, count), row_pages(r) + row.first_slot / page_size,
+                   row.first_slot % page_size, first + count, static_cast<int32_t>(positions[0]),
+                   kPerSlot, 0, words_begin, 0});
 }
 
-// Adds a run to the item under construction, without the slots that its window hides from all tokens that see the run.
+// Adds a run to the item under construction, without the slots that its window hides from all
+// tokens that see the run.
 void Planner::push_run(PlanRun run, int64_t first_position) {
   if (request_.window > 0) {
     int64_t least = INT64_MAX;
@@ -150,7 +157,8 @@ void Planner::push_run(PlanRun run, int64_t first_position) {
       least = std::min(least, p);
       most = std::max(most, p);
     }
-    const int64_t dropped = std::clamp<int64_t>(least - request_.window + 1 - first_position, 0, run.num_slots);
+    const int64_t dropped =
+        std::clamp<int64_t>(least - request_.window + 1 - first_position, 0, run.num_slots);
     if (dropped == run.num_slots) return;
     const int64_t slot = run.first_slot + dropped;
     run.page_begin += static_cast<int32_t>(slot / core_->page_size());
@@ -164,7 +172,8 @@ void Planner::push_run(PlanRun run, int64_t first_position) {
   if (!merge_run(run)) runs_.push_back(run);
 }
 
-// Joins a run to the one before it where slots, positions and readers go on and the first is seen whole.
+// Joins a run to the one before it where slots, positions and readers go on and the first is seen
+// whole.
 bool Planner::merge_run(const PlanRun& run) {
   if (runs_.size() == static_cast<std::size_t>(items_.back().run_begin)) return false;
   PlanRun& last = runs_.back();
@@ -187,7 +196,8 @@ void Planner::count_run(const PlanRun& run) {
     return;
   }
   if ((run.kind & kPerSlot) != 0) {
-    for (int32_t j = 0; j < run.num_slots; ++j) counts_.visible_pairs += std::popcount(words_[run.words_begin + j]);
+    for (int32_t j = 0; j < run.num_slots; ++j)
+      counts_.visible_pairs += std::popcount(words_[run.words_begin + j]);
     return;
   }
   for (uint64_t mask = run.mask; mask != 0; mask &= mask - 1) {
@@ -196,7 +206,8 @@ void Planner::count_run(const PlanRun& run) {
     int64_t end = run.num_slots;
     if ((run.kind & kDiagonal) != 0) end = std::min<int64_t>(end, run.diag + t);
     if ((run.kind & kWindow) != 0) {
-      first = std::max<int64_t>(0, int64_t{position(block_first_[t])} - request_.window + 1 - run.first_position);
+      first = std::max<int64_t>(
+          0, int64_t{position(block_first_[t])} - request_.window + 1 - run.first_position);
     }
     counts_.visible_pairs += std::max<int64_t>(0, end - first);
   }
@@ -206,7 +217,8 @@ void Planner::count_unique() {
   for (const Group& group : groups_.groups) {
     counts_.unique_slots += group.slots;
     int64_t tokens = 0;
-    for (const RowRange& rows : group.rows) tokens += groups_.token_begin[rows.end] - groups_.token_begin[rows.begin];
+    for (const RowRange& rows : group.rows)
+      tokens += groups_.token_begin[rows.end] - groups_.token_begin[rows.begin];
     counts_.tile_unique_slots += (tokens + max_tokens_ - 1) / max_tokens_ * group.slots;
   }
 }

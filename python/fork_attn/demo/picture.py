@@ -83,7 +83,7 @@ class _Drawing:
             self._thread(index, node)
         self._conclusion()
         self._axis(self.bottom + 8)
-        bottom = self._memory(self.bottom + 66)
+        bottom = self._memory(self.bottom + 82)
         height = round(bottom + 24)
         size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
         title = f"A prompt forks into {len(self.trace.threads)} threads over one KV cache and joins"
@@ -114,7 +114,8 @@ class _Drawing:
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{end - x:.1f}" height="{BAR}" rx="3" '
             f'fill="{fill}"/>'
         )
-        for _, count in node.pages[:-1]:
+        visible = self.trace.page_size * self.scale[column] > 5
+        for _, count in node.pages[:-1] if visible else ():
             x += count * self.scale[column]
             self.parts.append(
                 f'<line class="cut" x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{y + BAR:.1f}"/>'
@@ -198,10 +199,10 @@ class _Drawing:
         for i, (x, position) in enumerate(marks):
             self._text(x, y + 17, str(position), "faint", "end" if i == 3 else "")
         text = (
-            f"position: {trace.total_tokens} tokens written, "
+            f"position · {trace.total_tokens} tokens written after the prompt, "
             f"only {trace.critical_path_tokens} of them one after another"
         )
-        self._text(self.left[1] + 28, y + 17, text, "faint")
+        self._text(MARGIN, y + 36, text, "faint")
 
     def _memory(self, y: float) -> float:
         """Pages as squares: those stored, and those of contexts that share nothing.
@@ -229,7 +230,7 @@ class _Drawing:
                     )
                     x += pitch
                 x += pitch * 0.6
-            self._text(x, top + 11, str(sum(map(len, groups))), "label")
+            self._text(x + 6, top + 11, str(sum(map(len, groups))), "label")
         return y + 16 + 26 + 13
 
     def _stored(self) -> list[tuple[str, bool]]:

@@ -37,7 +37,7 @@ def wrap(text: str, limit: float, lines: int) -> list[str]:
     """The text in 1 to `lines` lines of at most `limit` px; the last one is clipped."""
     rows: list[str] = []
     row = ""
-    words = printable(text).split()
+    words = [piece for word in printable(text).split() for piece in _pieces(word, limit)]
     for index, word in enumerate(words):
         longer = f"{row} {word}" if row else word
         if row and width(longer) > limit:
@@ -48,6 +48,16 @@ def wrap(text: str, limit: float, lines: int) -> list[str]:
         else:
             row = longer
     return [*rows, clip(row, limit)]
+
+
+def _pieces(word: str, limit: float) -> list[str]:
+    """The word, or pieces of it where it is wider than a line, as in scripts without spaces."""
+    pieces = [""]
+    for char in word:
+        if pieces[-1] and width(pieces[-1] + char) > limit:
+            pieces.append("")
+        pieces[-1] += char
+    return pieces
 
 
 def printable(text: str) -> str:
