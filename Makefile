@@ -23,7 +23,7 @@ demo: $(VENV)/.installed-demo $(VENV)/.weights  ## fork and join a real model; P
 test: cpp-test sanitize pytest  ## C++ tests (plain and sanitized), then all Python tests
 
 pytest: $(VENV)/.installed-dev $(VENV)/.weights  ## the Python tests; ARGS="-k name" to choose
-	$(PY) -m pytest -n 2 --dist loadgroup tests $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile tests $(ARGS)
 
 lint: $(VENV)/.installed-dev build/stage  ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check .

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "_env", "_C"),
     ("checks",),
-    ("storage",),
     ("plan", "plan_format"),
+    ("storage",),
     ("kernels",),
     ("ops", "reference", "reference_cache"),
     ("render", "branch", "step", "cache"),

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# One worker builds the packages, whatever the number of workers.
-pytestmark = pytest.mark.xdist_group("packaging")
 
 
 def run(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cache_pair import CachePair, Model
 
-from fork_attn import Branch, ForkedKVCache, NotDense, OutOfPages
+from fork_attn import Branch, ForkedKVCache, OutOfPages
 
 Tail = Literal["seal", "copy"]
 TAILS: tuple[Tail, ...] = ("seal", "copy")
@@ -29,103 +29,6 @@ def root_of(pair: CachePair, tokens: int) -> Branch:
 
 def live_pages(pair: CachePair) -> int:
     return pair.cache.stats().pages_live
-
-
-# -- fork and the tail
-
-
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("page_size", [1, 3, 4, 16])
-def test_a_fork_takes_no_pages_even_in_a_full_pool(tail: Tail, page_size: int) -> None:
-    pair = make(tail, page_size, num_pages=2)
-    root = root_of(pair, 2 * page_size - page_size // 2)
-    children = pair.fork(root, 100)
-    pair.check()
-    stats = pair.cache.stats()
-    assert (stats.pages_free, stats.pages_shared, stats.branches) == (0, 2, 101)
-    assert [c.length for c in children] == [root.length] * 100
-    assert len({*children, root}) == 101 and len({b.id for b in children}) == 100
-
-
-@pytest.mark.parametrize("tail", TAILS)
-def test_the_first_writer_goes_on_in_the_shared_page(tail: Tail) -> None:
-    pair = make(tail)
-    root = root_of(pair, 6)
-    child, last = pair.fork(root, 2)
-    shared = pair.slots(root)
-    pair.step({child: 1})
-    pair.check()
-    assert pair.slots(child) == [*shared, shared[-1] + 1] and live_pages(pair) == 2
-    pair.step({root: 1})
-    pair.check()
-    assert live_pages(pair) == 3
-    own = pair.slots(root)
-    if tail == "seal":  # a fresh page, nothing copied
-        assert own[:6] == shared and own[6] % 4 == 0
-    else:  # the part-filled page, copied
-        assert (
-            own[:4] == shared[:4] and own[4] % 4 == 0 and own[4:] == list(range(own[4], own[4] + 3))
-        )
-    pair.step({last: 3})
-    pair.check()
-    assert pair.slots(child)[:6] == shared
-
-
-def test_two_writers_in_one_step_share_the_page_only_once() -> None:
-    for tail in TAILS:
-        pair = make(tail)
-        root = root_of(pair, 5)
-        children = pair.fork(root, 3)
-        pair.step({b: 2 for b in [*children, root]})
-        pair.check()
-        ends = {pair.slots(b)[-1] for b in [*children, root]}
-        assert len(ends) == 4 and live_pages(pair) == 2 + 3
-
-
-def test_the_copy_policy_copies_lazily_and_the_last_owner_writes_in_place() -> None:
-    pair = make("copy")
-    root = root_of(pair, 6)
-    child, other = pair.fork(root, 2)
-    assert live_pages(pair) == 2  # nothing is copied at the fork
-    pair.step({other: 1})  # the first writer, in place
-    pair.step({child: 1})  # copies
-    assert live_pages(pair) == 3
-    pair.free(other)
-    pair.step({root: 2})  # alone with the old page now
-    pair.check()
-    assert live_pages(pair) == 3
-    before = pair.slots(child)
-    pair.free(root)
-    pair.step({child: 1})
-    pair.check()
-    assert pair.slots(child)[:-1] == before and pair.slots(child)[-1] == before[-1] + 1
-    assert live_pages(pair) == 2
-
-
-@pytest.mark.parametrize("tail", TAILS)
-def test_a_sealed_tail_reopens_for_its_last_reader(tail: Tail) -> None:
-    pair = make(tail)
-    root = root_of(pair, 5)
-    (child,) = pair.fork(root)
-    pair.step({child: 2})
-    pair.free(child)
-    pair.step({root: 3})
-    pair.check()
-    assert live_pages(pair) == 2 and pair.slots(root)[-1] % 4 == 3
-
-
-@pytest.mark.parametrize("tail", TAILS)
-def test_pages_beyond_the_last_reader_return_at_once(tail: Tail) -> None:
-    pair = make(tail)
-    root = root_of(pair, 40)
-    child = pair.fork_at(root, 10)
-    assert live_pages(pair) == 10
-    pair.free(root)
-    pair.check()
-    assert live_pages(pair) == 3
-    pair.step({child: 2})
-    pair.check()
-    assert live_pages(pair) == 3  # 12 tokens: the tail page was its own again
 
 
 # -- fork_at, crop, excise, position
@@ -219,154 +122,6 @@ def test_a_position_that_is_set_starts_a_new_run_of_pages(tail: Tail, position: 
     assert child.position == position + 3
 
 
-# -- join
-
-
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("page_size", [1, 3, 16])
-def test_a_join_is_the_union_and_moves_no_bytes(tail: Tail, page_size: int) -> None:
-    pair = make(tail, page_size)
-    root = root_of(pair, 7)
-    a, b = pair.fork(root, 2)
-    pair.step({a: 2, b: 4, root: 1})
-    pages, expected = live_pages(pair), pair.tokens(root) + pair.tokens(a)[7:] + pair.tokens(b)[7:]
-    pair.join(root, [a, b])
-    pair.check()
-    assert pair.tokens(root) == expected and root.length == 14
-    assert live_pages(pair) <= pages and not a.alive and not b.alive
-    assert root.positions.tolist() == [*range(8), 7, 8, 7, 8, 9, 10]
-    pair.step({root: 3})
-    pair.check()
-
-
-@pytest.mark.parametrize(("position", "expected"), [("max", 9), ("sum", 11), (40, 40), (0, 0)])
-def test_where_a_joined_branch_goes_on(
-    position: Literal["max", "sum"] | int, expected: int
-) -> None:
-    pair = make()
-    root = root_of(pair, 5)
-    a, b = pair.fork(root, 2)
-    pair.step({a: 2, b: 4})
-    pair.join(root, [a, b], position)
-    pair.check()
-    assert root.position == expected
-
-
-def test_a_copied_tail_counts_once_at_a_join() -> None:
-    pair = make("copy")
-    root = root_of(pair, 6)
-    children = pair.fork(root, 4)
-    pair.step({b: 1 for b in [*children, root]})
-    copies = [pair.slots(b)[5] for b in [*children, root]]
-    assert len(set(copies)) == 5  # five copies of token 5
-    pair.join(root, children)
-    pair.check()
-    assert root.length == 6 + 5
-    (child,) = pair.fork(root)  # and the copy of a copy
-    pair.step({root: 1})
-    pair.step({child: 1})
-    pair.join(root, [child])
-    pair.check()
-    assert root.length == 6 + 5 + 2
-
-
-def test_a_token_written_over_a_cropped_one_is_another_token() -> None:
-    for tail in TAILS:
-        pair = make(tail)
-        root = root_of(pair, 6)
-        first, second = pair.fork(root, 2)
-        pair.step({first: 1})
-        pair.step({second: 1})  # under "copy" it holds copies of tokens 4 and 5
-        pair.free(first)
-        pair.crop(root, 5)
-        pair.step({root: 2})  # slot 5 of the old page may now hold another token
-        pair.check()
-        pair.join(root, [second])
-        pair.check()
-        assert root.length == 5 + 2 + 2
-
-
-@pytest.mark.parametrize("tail", TAILS)
-def test_children_that_forked_at_different_points(tail: Tail) -> None:
-    pair = make(tail)
-    root = root_of(pair, 3)
-    early = pair.fork_at(root, 1)
-    (middle,) = pair.fork(root)
-    pair.step({root: 6})
-    (late,) = pair.fork(root)
-    pair.step({early: 2, middle: 5, late: 1})
-    deep = pair.fork_at(late, 7)
-    pair.step({deep: 2})
-    pair.join(middle, [late, early, deep])
-    pair.check()
-    pair.join(root, [middle], "sum")
-    pair.check()
-    assert root.length == 3 + 6 + 5 + 1 + 2 + 2
-
-
-@pytest.mark.parametrize("tail", TAILS)
-def test_joins_of_joins_and_shared_parts_once(tail: Tail) -> None:
-    pair = make(tail, 3)
-    root = root_of(pair, 4)
-    left, right = pair.fork(root, 2)
-    for side in (left, right):
-        kids = pair.fork(side, 3)
-        pair.step({kid: 1 + i for i, kid in enumerate(kids)})
-        pair.join(side, kids[:2])
-        pair.step({side: 2})
-        pair.check()
-        pair.join(side, [kids[2]])
-        pair.check()
-    (both,) = pair.fork(left)
-    pair.step({both: 1})
-    pair.join(both, [right])
-    pair.join(root, [left, both])
-    pair.check()
-    assert root.length == 4 + 2 * (1 + 2 + 2 + 3) + 1
-
-
-def test_a_join_brings_back_what_the_parent_dropped() -> None:
-    for tail in TAILS:
-        pair = make(tail)
-        root = root_of(pair, 10)
-        (child,) = pair.fork(root)
-        pair.excise(root, 2, 7)
-        pair.step({root: 1})
-        pair.join(root, [child])
-        pair.check()
-        assert root.positions.tolist() == [0, 1, 7, 8, 9, 10, 2, 3, 4, 5, 6]
-
-
-def test_any_live_branch_can_be_a_child() -> None:
-    pair = make()
-    stranger, root = root_of(pair, 3), root_of(pair, 5)
-    (child,) = pair.fork(root)
-    pair.step({child: 2})
-    pair.join(child, [root, stranger])  # its own parent, and one that shares nothing
-    pair.check()
-    assert child.length == 5 + 2 + 3 and pair.cache.branches == (child,)
-
-
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("page_size", [1, 3, 16])
-def test_a_tree_25_deep_joined_from_the_leaves(tail: Tail, page_size: int) -> None:
-    pair = make(tail, page_size, num_pages=400)
-    spine = [root_of(pair, 2)]
-    for depth in range(25):
-        (child,) = pair.fork(spine[-1])
-        pair.step({child: 1 + depth % 4, **({spine[-1]: 1} if depth % 3 == 0 else {})})
-        spine.append(child)
-    pair.check()
-    while len(spine) > 1:
-        child = spine.pop()
-        pair.join(spine[-1], [child])
-        if len(spine) % 5 == 0:
-            pair.step({spine[-1]: 1})
-        pair.check()
-    pair.free(*spine)
-    assert live_pages(pair) == 0
-
-
 # -- select, reorder, free
 
 
@@ -377,7 +132,7 @@ def test_select_keeps_one_context_and_frees_the_rest(tail: Tail) -> None:
     children = pair.fork(root, 3)
     pair.step(dict.fromkeys(children, 3))
     grandchildren = [g for c in children for g in pair.fork(c, 2)]
-    pair.step({g: 5 for g in grandchildren})
+    pair.step(dict.fromkeys(grandchildren, 5))
     pair.free(children[1])  # its children stay descendants of the root
     winner = grandchildren[3]
     expected = pair.tokens(winner)
@@ -408,39 +163,6 @@ def test_reorder_is_atomic_and_a_source_used_once_writes_in_place(tail: Tail) ->
     pair.reorder([beams[0]], [0])
     pair.reorder([], [])
     pair.check()
-
-
-def test_beams_under_copy_have_dense_page_tables() -> None:
-    pair = make("copy")
-    root = root_of(pair, 6)
-    beams = [root, *pair.fork(root, 3)]
-    noise = torch.Generator().manual_seed(1)
-    for _ in range(30):
-        pair.step(dict.fromkeys(beams, 1))
-        pair.reorder(beams, torch.randint(4, (4,), generator=noise).tolist())
-        pair.check()
-        for beam in beams:
-            table, length = beam.page_table(), beam.length
-            assert table.dtype == torch.int32 and len(table) == -(-length // 4)
-            t = torch.arange(length)
-            assert (table[t // 4] * 4 + t % 4).tolist() == pair.slots(beam)
-
-
-def test_a_page_table_is_refused_where_slots_are_skipped() -> None:
-    pair = make("copy")
-    root = root_of(pair, 6)
-    assert root.page_table().tolist() == [slot // 4 for slot in pair.slots(root)[::4]]
-    (child,) = pair.fork(root)
-    pair.excise(child, 1, 2)
-    pair.raises(NotDense, "branch 1: token 1", child.page_table)
-    pair.step({root: 1})
-    assert len(root.page_table()) == 2
-    sealed = make("seal")
-    root = root_of(sealed, 6)
-    (child,) = sealed.fork(root)
-    sealed.step({root: 1})
-    sealed.step({child: 1})
-    sealed.raises(NotDense, "token 6", child.page_table)
 
 
 def test_an_empty_branch() -> None:

@@ -14,7 +14,7 @@ namespace {
 // TB/s, 2250 TFLOP/s (dense bf16). Small tiles run on mma.sync, taken as 60 % of the rate. exp: 16
 // a clock and SM. The CPU is one AVX-512 core at about 3 GHz, with its share of a server's memory.
 constexpr std::array<TargetCosts, 4> kTargets = {{
-    {"cpu", 0, 128, 4, 10.0, 60.0, 60.0, 1, 8, 0.6, 1500.0, 64},
+    {"cpu", 0, 128, 4, 10.0, 130.0, 130.0, 1, 2, 0.3, 1000.0, 64},
     {"sm_80", 108, 128, 1, 18.5, 1730.0, 2890.0, 16, 0, 0.044, 1500.0, 64},
     {"sm_90", 132, 128, 1, 36.4, 4500.0, 7490.0, 16, 0, 0.036, 1500.0, 64},
     {"sm_100", 148, 128, 1, 54.0, 9100.0, 15200.0, 16, 0, 0.034, 1500.0, 64},
