@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CMAKE := $(VENV)/bin/cmake
 SHELL := /bin/bash
+# Two test workers share two cores: threads that wait must not spin.
+export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 BUILD_FILES := setup.py pyproject.toml constraints.txt CMakeLists.txt python/fork_attn/__init__.py \

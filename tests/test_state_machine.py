@@ -33,7 +33,7 @@ which = st.integers(0, 1000)  # a branch, taken modulo the number of live ones
 some = st.lists(which, min_size=1, max_size=4)
 fraction = st.integers(0, 24)  # of a length, in 24ths
 mostly = st.sampled_from([24, 23, 23, 22, 20, 12, 0])  # of a length, to keep
-amount = st.sampled_from([0, 1, 1, 2, 3, 4, 8, 9])  # of the free slots, in 8ths; 9: a page too many
+amount = st.sampled_from([0, 0, 1, 1, 2, 2, 3, 4, 8, 9])  # of the free slots, in 8ths; 9: a page too many
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -48,6 +48,7 @@ class CacheMachine(RuleBasedStateMachine):
             Model(), num_pages=num_pages, page_size=self.page_size, tail=self.tail, table=TABLE
         )
         self.freed: Branch | None = None
+        self.shortages = 0
         self.pair.new_branch()
 
     def live(self, i: int) -> Branch:
@@ -84,6 +85,10 @@ class CacheMachine(RuleBasedStateMachine):
             self.pair.step(tokens, accept, attend=attend)
         except OutOfPages:
             self.counts["out of pages"] += 1
+            self.shortages += 1
+            if self.shortages % 2 == 0:  # else most pools would stay full
+                self.pair.check()
+                self.pair.free(*list(self.pair.ids)[1::2])
 
     @invariant()
     def equals_the_oracle(self) -> None:
@@ -323,4 +328,4 @@ def test_random_operations_equal_the_oracle(
     share = counts["out of pages"] / counts["allocating"]
     for name, value in (*counts.items(), ("share", share)):
         record_property(name, value)
-    assert 0.05 < share < 0.5, f"{dict(counts)}: the pools are too large or too small"
+    assert 0.03 < share < 0.6, f"{dict(counts)}: the pools are too large or too small"

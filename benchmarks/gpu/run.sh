@@ -23,7 +23,7 @@ build() {
 }
 
 run_tests() {  # the CPU tests, on this machine's torch and Python
-    "$python" -m pytest -n 8 --dist loadfile -p no:cacheprovider tests 2>&1 | tee "$out/pytest.txt"
+    OMP_NUM_THREADS=2 "$python" -m pytest -n 8 --dist loadfile -p no:cacheprovider tests 2>&1 | tee "$out/pytest.txt"
 }
 
 baseline() {

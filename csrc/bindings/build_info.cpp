@@ -1,5 +1,6 @@
 #include "build_info.h"
 
+#include "../cpu/unit.h"
 #include "../cuda/device_info.h"
 
 namespace py = pybind11;
@@ -27,11 +28,24 @@ constexpr bool kSanitized = true;
 constexpr bool kSanitized = false;
 #endif
 
+const char* simd_name(cpu::SimdLevel level) {
+  switch (level) {
+    case cpu::SimdLevel::kBase:
+      return "baseline";
+    case cpu::SimdLevel::kAvx2:
+      return "avx2";
+    case cpu::SimdLevel::kAvx512:
+      return "avx512";
+  }
+  return "unknown";
+}
+
 py::dict build_info() {
   py::dict out;
   out["compiler"] = kCompiler;
   out["cxx_standard"] = static_cast<int64_t>(__cplusplus);
   out["openmp"] = kOpenMP;
+  out["simd"] = simd_name(cpu::simd_level());
   out["sanitized"] = kSanitized;
   return out;
 }
@@ -67,10 +81,13 @@ py::dict cuda_info() {
 }  // namespace
 
 void bind_build_info(py::module_& m) {
-  m.def("build_info", &build_info,
-        "Compiler, C++ standard, OpenMP date (0 = none) and sanitizers of this module.");
+  m.def(
+      "build_info", &build_info,
+      "Compiler, C++ standard, OpenMP date (0 = none) and sanitizers of this module, and the SIMD "
+      "level its CPU kernels use on this machine.");
   m.def("cuda_info", &cuda_info,
-        "Device code in this module, the CUDA driver, the devices, or the reason why there are none.");
+        "Device code in this module, the CUDA driver, the devices, or the reason why there are "
+        "none.");
 }
 
 }  // namespace fork_attn

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "costs.h"
@@ -45,36 +46,39 @@ class BlockChooser {
     double cost = -1;
     How how = How::kWhole;
   };
-  struct Pack {  // neighbouring children that share a block
-    std::size_t first, last;
-    int64_t slots;
-    int64_t tokens;
+  struct RowReads {      // what a row's block reads for it
+    int64_t slots = 0;   // below the ancestors that are read apart
+    int64_t before = 0;  // of the rows before it, as far as their next row does not read it too
   };
 
-  const Best& best(int32_t group, const Above& above);
+  Best best(int32_t group, const Above& above);
   double leaf_cost(const Group& group, int64_t slots_above, bool partial) const;
-  double packs_cost(const std::vector<int32_t>& children, const Above& above);
+  double packs_cost(std::span<const int32_t> children, const Above& above);
   template <class F>
-  double each_pack(const std::vector<int32_t>& children, const Above& above, F&& visit);
+  double each_pack(std::span<const int32_t> children, const Above& above, F&& visit);
   double block_cost(int64_t tokens, int64_t slots, bool partial) const;
   double kept_cost(const Group& group, int64_t slots) const;
   bool partial(const Above& above, const Group& group) const {
-    return above.kept > 0 || groups_.crossed[group.rows[0].begin] != 0;
+    return above.kept > 0 || groups_.crossed[groups_.rows(group)[0].begin] != 0;
   }
   static int64_t tokens(const Group& group) { return group.token_end - group.token_begin; }
   Above below(const Group& group, const Above& above, bool keep) const;
 
-  void emit(int32_t group, const Above& above);
-  void emit_packs(const std::vector<int32_t>& children, const Above& above);
-  void emit_blocks(int32_t token_begin, int32_t token_end, int32_t kept, const int32_t* first,
-                   const int32_t* last);
-  void add_subtree(int32_t group);
+  void keep(int32_t group, const Above& above);
+  void keep_below(std::span<const int32_t> children, const Above& above);
+  void pack_rows();
+  bool same_kept(std::size_t a, std::size_t b) const;
+  void pack_range(const std::vector<RowReads>& reads, std::size_t begin, std::size_t end);
+  void add_pack(std::size_t first, std::size_t last);
+  void add_path(int32_t group, int32_t from, int32_t seen_by);
+  void add_blocks(int32_t begin, int32_t end, int32_t streams_begin);
 
   const Groups& groups_;
   const CostModel& costs_;
   int64_t max_tokens_;
-  std::vector<std::vector<Best>> best_;  // per group, per number of kept ancestors
-  std::vector<int32_t> path_;            // ancestors of the group being emitted
+  std::vector<int32_t> first_best_;  // of each group in best_
+  std::vector<Best> best_;           // per group, per number of kept ancestors
+  std::vector<int32_t> kept_;        // per row: how many of its ancestors are settled elsewhere
   BlockChoice out_;
 };
 

@@ -30,22 +30,27 @@ const TargetCosts& target_costs(std::string_view name) {
        "target: expected cpu, sm_80, sm_90 or sm_100, got '" + std::string(name) + "'");
 }
 
-double CostModel::slot(int64_t tokens) const {
-  const int64_t rows = tokens * shape_.group;
-  const int64_t padded =
-      (rows + target_.row_quantum - 1) / target_.row_quantum * target_.row_quantum;
-  const double flops = 2.0 * (shape_.head_dim + shape_.head_dim_v);
-  const double rate = padded < 64 ? target_.flops_per_ns_small : target_.flops_per_ns;
-  const double compute = static_cast<double>(padded + target_.load_rows) * flops / rate +
-                         static_cast<double>(padded) * target_.ns_per_exp;
-  const double bytes = static_cast<double>(shape_.head_dim + shape_.head_dim_v) * shape_.itemsize;
-  return std::max(compute, bytes / target_.bytes_per_ns);
+namespace {
+
+double slot_ns(const TargetCosts& target, const LayerShape& shape, int64_t tokens) {
+  const int64_t quantum = target.row_quantum;
+  const int64_t padded = (tokens * shape.group + quantum - 1) / quantum * quantum;
+  const double flops = 2.0 * (shape.head_dim + shape.head_dim_v);
+  const double rate = padded < 64 ? target.flops_per_ns_small : target.flops_per_ns;
+  const double compute = static_cast<double>(padded + target.load_rows) * flops / rate +
+                         static_cast<double>(padded) * target.ns_per_exp;
+  const double bytes = static_cast<double>(shape.head_dim + shape.head_dim_v) * shape.itemsize;
+  return std::max(compute, bytes / target.bytes_per_ns);
 }
 
-double CostModel::partials(int64_t tokens) const {
-  const double bytes =
-      2.0 * static_cast<double>(tokens * shape_.group) * (shape_.head_dim_v + 1) * sizeof(float);
-  return bytes / target_.bytes_per_ns;
+}  // namespace
+
+CostModel::CostModel(const TargetCosts& target, const LayerShape& shape) : target_(target) {
+  for (int64_t tokens = 0; tokens <= kMaxBlockTokens; ++tokens) {
+    slot_[tokens] = slot_ns(target, shape, tokens);
+  }
+  const auto row_bytes = static_cast<double>((shape.head_dim_v + 1) * sizeof(float));
+  partial_ = 2.0 * shape.group * row_bytes / target.bytes_per_ns;
 }
 
 }  // namespace fork_attn

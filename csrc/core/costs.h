@@ -2,8 +2,11 @@
 // until calibrated.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string_view>
+
+#include "plan.h"
 
 namespace fork_attn {
 
@@ -35,22 +38,25 @@ struct LayerShape {
   int32_t itemsize;  // bytes of a K or V element
 };
 
+// Nanoseconds for one KV head. Tables by the number of query tokens: a plan asks thousands of
+// times.
 class CostModel {
  public:
-  CostModel(const TargetCosts& target, const LayerShape& shape) : target_(target), shape_(shape) {}
+  CostModel(const TargetCosts& target, const LayerShape& shape);
 
-  // Nanoseconds for one KV head: `tokens` query tokens over `slots` slots of KV.
+  // `tokens` query tokens over `slots` slots of KV.
   double item(int64_t tokens, int64_t slots) const {
-    return target_.item_ns + slots * slot(tokens);
+    return target_.item_ns + static_cast<double>(slots) * slot(tokens);
   }
-  double slot(int64_t tokens) const;
+  double slot(int64_t tokens) const { return slot_[tokens]; }
   // Writing the partial rows of that many tokens, and reading them back to merge.
-  double partials(int64_t tokens) const;
+  double partials(int64_t tokens) const { return static_cast<double>(tokens) * partial_; }
   const TargetCosts& target() const { return target_; }
 
  private:
   const TargetCosts& target_;
-  LayerShape shape_;
+  std::array<double, kMaxBlockTokens + 1> slot_;
+  double partial_;
 };
 
 }  // namespace fork_attn

@@ -15,17 +15,18 @@ void Groups::build(const CacheCore& core, int32_t window) {
   groups.clear();
   roots.clear();
   outside.clear();
-  group_of_range_.clear();
+  ranges_.clear();
+  pieces_.clear();
   group_of_set_.clear();
   node_of_link_.assign(core.store().links.size(), -1);
   collect_nodes();
   order_rows();
   const Step& step = core.step();
-  groups.resize(order.size());
+  last_of_begin_.assign(order.size(), -1);
   token_begin.push_back(0);
   for (std::size_t i = 0; i < order.size(); ++i) {
     const auto at = static_cast<int32_t>(i);
-    groups[i].rows = {{at, at + 1}};
+    last_of_begin_[i] = add_group({{RowRange{at, at + 1}}});
     token_begin.push_back(token_begin.back() + step.rows[order[i]].num_tokens);
   }
   collect_pieces();
@@ -91,29 +92,35 @@ void Groups::order_rows() {
   }
 }
 
-int32_t Groups::group_of(const std::vector<RowRange>& rows) {
-  if (rows.size() == 1 && rows[0].end == rows[0].begin + 1) return rows[0].begin;
-  int32_t* slot;
-  if (rows.size() == 1) {
-    const uint64_t key =
-        (static_cast<uint64_t>(rows[0].begin) << 32) | static_cast<uint32_t>(rows[0].end);
-    slot = &group_of_range_.try_emplace(key, -1).first->second;
-  } else {
-    slot = &group_of_set_.try_emplace(rows, -1).first->second;
-  }
-  if (*slot < 0) {
-    *slot = static_cast<int32_t>(groups.size());
-    groups.emplace_back();
-    groups.back().rows = rows;
-  }
-  return *slot;
+int32_t Groups::add_group(std::span<const RowRange> rows) {
+  const auto begin = static_cast<int32_t>(ranges_.size());
+  ranges_.insert(ranges_.end(), rows.begin(), rows.end());
+  groups.push_back({begin, static_cast<int32_t>(ranges_.size())});
+  return static_cast<int32_t>(groups.size() - 1);
 }
 
-void Groups::add_piece(const std::vector<RowRange>& rows, const Node& node, int32_t lo,
-                       int32_t hi) {
+// Few groups begin with the same row: not more than the tree is deep.
+int32_t Groups::group_of(RowRange rows) {
+  int32_t& last = last_of_begin_[rows.begin];
+  for (int32_t g = last; g >= 0; g = groups[g].next_same_begin) {
+    if (ranges_[groups[g].rows_begin].end == rows.end) return g;
+  }
+  const int32_t added = add_group({&rows, 1});
+  groups[added].next_same_begin = last;
+  return last = added;
+}
+
+int32_t Groups::group_of(const std::vector<RowRange>& rows) {
+  if (rows.size() == 1) return group_of(rows[0]);
+  const auto [at, added] = group_of_set_.try_emplace(rows, -1);
+  if (added) at->second = add_group(rows);
+  return at->second;
+}
+
+void Groups::add_piece(int32_t group, const Node& node, int32_t lo, int32_t hi) {
   const Link& l = core_->store().links[node.link];
   const int64_t first = core_->store().segments[l.segment].first_position + lo + l.position_shift;
-  groups[group_of(rows)].pieces.push_back({node.rank, l.segment, lo, hi, first});
+  pieces_.push_back({group, node.rank, l.segment, lo, hi, first});
 }
 
 void Groups::collect_pieces() {
@@ -135,7 +142,7 @@ void Groups::collect_pieces() {
     const Node& node = nodes_[by_segment[first]];
     if (last == first + 1) {
       const Link& l = store.links[node.link];
-      add_piece({{node.begin, node.end}}, node, l.lo, l.hi);
+      add_piece(group_of(RowRange{node.begin, node.end}), node, l.lo, l.hi);
     } else {
       sweep(by_segment.data() + first, by_segment.data() + last);
     }
@@ -175,32 +182,41 @@ void Groups::sweep(const int32_t* first, const int32_t* last) {
       }
     }
     rows.resize(kept + 1);
-    add_piece(rows, *reader, bounds[i], bounds[i + 1]);
+    add_piece(group_of(rows), *reader, bounds[i], bounds[i + 1]);
   }
 }
 
-// Slots of a piece that the window leaves visible to some row of the group.
-int64_t Groups::visible_slots(const Piece& piece, const Group& group) const {
-  const int64_t slots = piece.hi - piece.lo;
-  if (window_ == 0) return slots;
-  int64_t least = INT64_MAX;  // the first row's position is a branch's least
-  for (const RowRange& rows : group.rows) {
-    for (int32_t i = rows.begin; i < rows.end; ++i) {
+// Of the group's new tokens; the first row's position is a branch's least.
+int64_t Groups::least_position(const Group& group) const {
+  int64_t least = INT64_MAX;
+  for (const RowRange& range : rows(group)) {
+    for (int32_t i = range.begin; i < range.end; ++i) {
       least = std::min(least, core_->step().positions[core_->step().rows[order[i]].row_begin]);
     }
   }
-  return slots - std::clamp<int64_t>(least - window_ + 1 - piece.first_position, 0, slots);
+  return least;
 }
 
+// Counts the slots that the window leaves visible to some row of each group.
 void Groups::count_slots() {
+  std::sort(pieces_.begin(), pieces_.end(), [](const Piece& a, const Piece& b) {
+    if (a.group != b.group) return a.group < b.group;
+    return a.rank != b.rank ? a.rank < b.rank : a.lo < b.lo;
+  });
+  int32_t piece = 0;
   for (std::size_t g = 0; g < groups.size(); ++g) {
     Group& group = groups[g];
-    std::sort(group.pieces.begin(), group.pieces.end(), [](const Piece& a, const Piece& b) {
-      return a.rank != b.rank ? a.rank < b.rank : a.lo < b.lo;
-    });
-    group.token_begin = token_begin[group.rows.front().begin];
-    group.token_end = token_begin[group.rows.back().end];
-    for (const Piece& piece : group.pieces) group.slots += visible_slots(piece, group);
+    group.token_begin = token_begin[ranges_[group.rows_begin].begin];
+    group.token_end = token_begin[ranges_[group.rows_end - 1].end];
+    const int64_t visible_from = window_ == 0 ? INT64_MIN / 2 : least_position(group) - window_ + 1;
+    group.pieces_begin = piece;
+    for (; piece < static_cast<int32_t>(pieces_.size()); ++piece) {
+      const Piece& p = pieces_[piece];
+      if (p.group != static_cast<int32_t>(g)) break;
+      const int64_t slots = p.hi - p.lo;
+      group.slots += slots - std::clamp<int64_t>(visible_from - p.first_position, 0, slots);
+    }
+    group.pieces_end = piece;
     if (g < order.size()) group.slots += group.token_end - group.token_begin;
   }
 }
@@ -210,37 +226,59 @@ void Groups::build_tree() {
   crossed.assign(order.size(), 0);
   std::vector<int32_t> nested;
   for (std::size_t g = 0; g < groups.size(); ++g) {
-    (groups[g].rows.size() == 1 ? nested : outside).push_back(static_cast<int32_t>(g));
+    (rows(groups[g]).size() == 1 ? nested : outside).push_back(static_cast<int32_t>(g));
   }
+  const auto range = [&](int32_t g) { return ranges_[groups[g].rows_begin]; };
   std::sort(nested.begin(), nested.end(), [&](int32_t a, int32_t b) {
-    const RowRange x = groups[a].rows[0];
-    const RowRange y = groups[b].rows[0];
+    const RowRange x = range(a);
+    const RowRange y = range(b);
     return x.begin != y.begin ? x.begin < y.begin : x.end > y.end;
   });
   std::vector<int32_t> path;
+  std::size_t kept = 0;
   for (const int32_t g : nested) {
-    const RowRange rows = groups[g].rows[0];
-    while (!path.empty() && groups[path.back()].rows[0].end <= rows.begin) path.pop_back();
-    if (!path.empty() &&
-        groups[path.back()].rows[0].end < rows.end) {  // a joined range across a fork
+    while (!path.empty() && range(path.back()).end <= range(g).begin) path.pop_back();
+    if (!path.empty() && range(path.back()).end < range(g).end) {  // a joined range across a fork
       outside.push_back(g);
       continue;
     }
     groups[g].in_tree = true;
     groups[g].depth = static_cast<int32_t>(path.size());
-    (path.empty() ? roots : groups[path.back()].children).push_back(g);
-    path.push_back(g);
-  }
-  for (std::size_t k = nested.size(); k-- > 0;) {  // children after parents in `nested`
-    Group& group = groups[nested[k]];
-    if (!group.in_tree) continue;
-    group.subtree_slots = group.slots;
-    for (const int32_t c : group.children) group.subtree_slots += groups[c].subtree_slots;
-  }
-  for (const int32_t g : outside) {
-    for (const RowRange& rows : groups[g].rows) {
-      std::fill(crossed.begin() + rows.begin, crossed.begin() + rows.end, 1);
+    if (path.empty()) {
+      roots.push_back(g);
+    } else {
+      groups[g].parent = path.back();
     }
+    path.push_back(g);
+    nested[kept++] = g;
+  }
+  nested.resize(kept);
+  link_children(nested);
+  for (const int32_t g : outside) {
+    for (const RowRange& r : rows(groups[g])) {
+      std::fill(crossed.begin() + r.begin, crossed.begin() + r.end, 1);
+    }
+  }
+}
+
+void Groups::link_children(const std::vector<int32_t>& parents_first) {
+  for (const int32_t g : parents_first) {
+    if (groups[g].parent >= 0) ++groups[groups[g].parent].children_end;
+  }
+  int32_t next = 0;
+  for (const int32_t g : parents_first) {
+    const int32_t count = groups[g].children_end;
+    groups[g].children_begin = groups[g].children_end = next;
+    next += count;
+  }
+  children_.resize(next);
+  for (const int32_t g : parents_first) {
+    if (groups[g].parent >= 0) children_[groups[groups[g].parent].children_end++] = g;
+  }
+  for (std::size_t k = parents_first.size(); k-- > 0;) {
+    Group& group = groups[parents_first[k]];
+    group.subtree_slots += group.slots;
+    if (group.parent >= 0) groups[group.parent].subtree_slots += group.subtree_slots;
   }
 }
 

@@ -4,7 +4,7 @@
 #include <compare>
 #include <cstdint>
 #include <map>
-#include <unordered_map>
+#include <span>
 #include <vector>
 
 #include "cache_core.h"
@@ -16,35 +16,48 @@ struct RowRange {
   auto operator<=>(const RowRange&) const = default;
 };
 
-struct Piece {   // slots [lo, hi) of a segment
-  int32_t rank;  // context order
+struct Piece {    // slots [lo, hi) of a segment
+  int32_t group;  // who sees it
+  int32_t rank;   // context order
   Index segment;
   int32_t lo, hi;
   int64_t first_position;
 };
 
 struct Group {
-  std::vector<RowRange> rows;  // who sees it; several ranges only where contexts were joined
-  std::vector<Piece> pieces;
+  int32_t rows_begin, rows_end;  // who sees it: several ranges only where contexts were joined
+  int32_t pieces_begin = 0, pieces_end = 0;
   int64_t slots = 0;
   // The tree of groups: a child's rows lie within its parent's. Groups that cross others stand
   // outside.
   bool in_tree = false;
   int32_t depth = 0;
-  std::vector<int32_t> children;
+  int32_t parent = -1;
+  int32_t children_begin = 0, children_end = 0;
   int64_t subtree_slots = 0;
   int32_t token_begin = 0, token_end = 0;  // of its rows, in order; of the hull outside the tree
+  int32_t next_same_begin = -1;            // groups of one range that begin with the same row
 };
 
 class Groups {
  public:
   void build(const CacheCore& core, int32_t window);
 
+  std::span<const RowRange> rows(const Group& g) const {
+    return {ranges_.data() + g.rows_begin, ranges_.data() + g.rows_end};
+  }
+  std::span<const Piece> pieces(const Group& g) const {
+    return {pieces_.data() + g.pieces_begin, pieces_.data() + g.pieces_end};
+  }
+  std::span<const int32_t> children(const Group& g) const {
+    return {children_.data() + g.children_begin, children_.data() + g.children_end};
+  }
+
   std::vector<int32_t> order;  // the step's rows, so that those which share most are neighbours
-  std::vector<int32_t>
-      token_begin;  // of each of `order`, and the end: new tokens laid out in that order
-  std::vector<Group>
-      groups;  // group i < order.size() is row order[i]'s own, new tokens included in slots
+  // Of each of `order`, and the end: new tokens laid out in that order.
+  std::vector<int32_t> token_begin;
+  // Group i < order.size() is row order[i]'s own, new tokens included in slots.
+  std::vector<Group> groups;
   std::vector<int32_t> roots;    // of the tree
   std::vector<int32_t> outside;  // groups that cross others
   std::vector<uint8_t> crossed;  // per entry of order: some group outside the tree holds it
@@ -64,18 +77,25 @@ class Groups {
   void order_rows();
   void collect_pieces();
   void sweep(const int32_t* first, const int32_t* last);
-  void add_piece(const std::vector<RowRange>& rows, const Node& node, int32_t lo, int32_t hi);
+  void add_piece(int32_t group, const Node& node, int32_t lo, int32_t hi);
+  int32_t group_of(RowRange rows);
   int32_t group_of(const std::vector<RowRange>& rows);
-  int64_t visible_slots(const Piece& piece, const Group& group) const;
+  int32_t add_group(std::span<const RowRange> rows);
+  int64_t least_position(const Group& group) const;
   void count_slots();
   void build_tree();
+  void link_children(const std::vector<int32_t>& parents_first);
 
   const CacheCore* core_ = nullptr;
   int32_t window_ = 0;
   std::vector<Node> nodes_;
   std::vector<int32_t> node_roots_;
   std::vector<int32_t> node_of_link_;
-  std::unordered_map<uint64_t, int32_t> group_of_range_;
+  std::vector<RowRange> ranges_;
+  std::vector<Piece> pieces_;
+  std::vector<int32_t> children_;
+  // Of the groups of one range, by the row they begin with: the last made.
+  std::vector<int32_t> last_of_begin_;
   std::map<std::vector<RowRange>, int32_t> group_of_set_;
 };
 

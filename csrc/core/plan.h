@@ -46,7 +46,7 @@ struct PlanHeader {
   int32_t group;  // query heads per KV head
   int32_t page_size;
   int32_t window;            // sliding window in positions, 0 = none
-  int32_t page_limit;        // 1 + the largest page named: caches must have at least as many
+  int32_t page_limit;        // above every page named: caches must have at least as many
   int32_t max_block_tokens;  // the largest block
   int32_t off_blocks;        // section offsets, in 64-bit words
   int32_t off_tokens;

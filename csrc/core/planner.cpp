@@ -1,8 +1,28 @@
 #include "planner.h"
 
 #include <algorithm>
+#include <string>
 
 namespace fork_attn {
+
+namespace {
+
+void require(bool ok, const char* what, int64_t got) {
+  if (!ok) fail(ErrorKind::kValue, std::string(what) + ", got " + std::to_string(got));
+}
+
+void check(const PlanRequest& request) {
+  const LayerShape& s = request.shape;
+  require(request.workers >= 1, "workers: expected at least 1", request.workers);
+  require(request.window >= 0, "window: expected 0 (none) or more", request.window);
+  require(s.num_kv_heads >= 1, "num_kv_heads: expected at least 1", s.num_kv_heads);
+  require(s.group >= 1, "group: expected at least 1 query head per KV head", s.group);
+  require(s.head_dim >= 1, "head_dim: expected at least 1", s.head_dim);
+  require(s.head_dim_v >= 1, "head_dim_v: expected at least 1", s.head_dim_v);
+  require(s.itemsize >= 1, "itemsize: expected at least 1", s.itemsize);
+}
+
+}  // namespace
 
 void Planner::reset(const CacheCore& core, const PlanRequest& request) {
   core_ = &core;
@@ -12,9 +32,9 @@ void Planner::reset(const CacheCore& core, const PlanRequest& request) {
   const std::size_t num_rows = core.step().rows.size();
   const auto num_segments = static_cast<std::size_t>(core.store().segments.size());
   order_of_row_.assign(num_rows, -1);
-  pages_of_row_.assign(num_rows, -1);
+  source_of_row_.assign(num_rows, -1);
   row_of_segment_.assign(num_segments, -1);
-  pages_of_segment_.assign(num_segments, -1);
+  source_of_segment_.assign(num_segments, -1);
   for (std::size_t r = 0; r < num_rows; ++r) {
     const Index segment = core.step().rows[r].segment;
     if (segment != kNone) row_of_segment_[segment] = static_cast<int32_t>(r);
@@ -24,19 +44,22 @@ void Planner::reset(const CacheCore& core, const PlanRequest& request) {
   positions_.clear();
   items_.clear();
   runs_.clear();
-  pages_.clear();
+  sources_.clear();
+  source_of_run_.clear();
   words_.clear();
 }
 
 PlanData Planner::build(const CacheCore& core, const PlanRequest& request) {
+  check(request);
   reset(core, request);
   groups_.build(core, request.window);
   lay_out_tokens();
   const CostModel costs(*request.target, request.shape);
   const BlockChoice choice = BlockChooser(groups_, costs, max_tokens_).choose();
   for (const Block& block : choice.blocks) emit_block(block, choice);
+  lay_out_pages();
   count_unique();
-  cut_into_spans();
+  cut_into_spans(costs);
   assign_partials();
   counts_.num_tokens = static_cast<int64_t>(core.step().positions.size());
   counts_.num_blocks = static_cast<int64_t>(blocks_.size());
@@ -45,6 +68,7 @@ PlanData Planner::build(const CacheCore& core, const PlanRequest& request) {
   PlanData out;
   serialise(out);
   out.span_ns = span_ns_;
+  out.cost_ns = choice.cost;
   out.counts = counts_;
   return out;
 }

@@ -2,6 +2,7 @@
 // (blocks.h), in items that are cut into spans of equal cost.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 #include <vector>
 
@@ -33,18 +34,33 @@ struct PlanCounts {
 struct PlanData {
   std::vector<int64_t> buffer;
   std::vector<double> span_ns;  // predicted cost of each span, one KV head
+  double cost_ns = 0;           // of the chosen blocks before they are cut, one KV head
   PlanCounts counts{};
 };
 
 class Planner {
  public:
-  // The core must have an open step.
+  // The core must have an open step. kValue: a request out of range.
   PlanData build(const CacheCore& core, const PlanRequest& request);
 
  private:
   struct Token {
     int32_t row;    // of the step: a branch
     int32_t index;  // within the branch's new tokens
+  };
+
+  // A page table that runs index: a segment's, with what the step adds, or a new segment's. The
+  // plan takes over the part that some run names.
+  struct PageSource {
+    Index segment;                       // kNone: a new one
+    int32_t row;                         // whose reserved pages follow; -1: none
+    int32_t first = INT32_MAX, end = 0;  // pages named
+    int32_t begin = 0;                   // where `first` is in the plan
+  };
+
+  struct Load {  // of an item before it is cut
+    int64_t slots;
+    double ns_per_slot;
   };
 
   void reset(const CacheCore& core, const PlanRequest& request);
@@ -54,17 +70,24 @@ class Planner {
   void emit_piece(const Piece& piece, uint64_t mask);
   void emit_own(int32_t order_index);
   void emit_draft(const StepRow& row, int32_t first, int32_t count, int32_t bit);
-  void push_run(PlanRun run, int64_t first_position);
-  bool merge_run(const PlanRun& run);
+  void push_run(PlanRun run, int32_t source, int64_t first_position);
+  bool merge_run(const PlanRun& run, int32_t source);
+  void add_run(const PlanRun& run, int32_t source);
+  void name_pages(const PlanRun& run, int32_t source);
   uint64_t mask_of(const Group& group) const;
   void count_run(const PlanRun& run);
   void count_unique();
-  int32_t segment_pages(Index segment);
-  int32_t row_pages(int32_t row);
+  int32_t source_of_segment(Index segment);
+  int32_t source_of_row(int32_t row);
+  void lay_out_pages();
+  void append_pages(const PageSource& source, std::vector<int32_t>& out) const;
   int32_t position(const Token& token) const;
   // planner_cut.cpp
-  void cut_into_spans();
+  void cut_into_spans(const CostModel& costs);
   int64_t num_spans_for(double total) const;
+  double span_budget(double total, int64_t num_spans) const;
+  int64_t count_spans(double budget, int64_t most) const;
+  int64_t piece_slots(int64_t left, double room, double ns_per_slot, bool first) const;
   void assign_partials();
   void serialise(PlanData& out) const;
 
@@ -77,16 +100,18 @@ class Planner {
   std::vector<int32_t> order_of_row_;   // inverse of groups_.order
   const Token* block_first_ = nullptr;  // the block being emitted
   int32_t block_count_ = 0;
-  std::vector<int32_t> row_of_segment_;    // the row that writes on in it, -1: none
-  std::vector<int32_t> pages_of_segment_;  // where its pages begin in pages_, -1: not there
-  std::vector<int32_t> pages_of_row_;
+  std::vector<int32_t> row_of_segment_;     // the row that writes on in it, -1: none
+  std::vector<int32_t> source_of_segment_;  // -1: none yet
+  std::vector<int32_t> source_of_row_;
+  std::vector<PageSource> sources_;
+  std::vector<int32_t> source_of_run_;
 
+  std::vector<Load> loads_;
   std::vector<PlanBlock> blocks_;
   std::vector<int32_t> tokens_;
   std::vector<int32_t> positions_;
   std::vector<PlanItem> items_;
   std::vector<PlanRun> runs_;
-  std::vector<int32_t> pages_;
   std::vector<uint64_t> words_;
   std::vector<int32_t> spans_;
   std::vector<double> span_ns_;

@@ -8,6 +8,8 @@ namespace fork_attn {
 
 namespace {
 
+constexpr int64_t kLeastTiles = 1;  // of a piece that an item is cut into
+
 // Takes an item's slots from the front, cutting runs where need be.
 struct RunCursor {
   const PlanRun* run;
@@ -63,21 +65,63 @@ int64_t Planner::num_spans_for(double total) const {
   return best;
 }
 
-void Planner::cut_into_spans() {
-  const CostModel costs(*request_.target, request_.shape);
-  const auto slots_of = [](const std::vector<PlanRun>& runs, const PlanItem& item) {
-    int64_t slots = 0;
-    for (int32_t r = item.run_begin; r < item.run_end; ++r) slots += runs[r].num_slots;
-    return slots;
-  };
-  double total = 0;
-  for (const PlanItem& item : items_)
-    total += costs.item(blocks_[item.block].num_tokens, slots_of(runs_, item));
-  const int64_t num_spans = num_spans_for(total);
-  total +=
-      static_cast<double>(num_spans - 1) * request_.target->item_ns;  // a cut makes one item more
-  const double span = total / static_cast<double>(num_spans);
+// How much of an item goes into what is left of a span: whole tiles, or all of it. 0: too little to
+// be worth a piece of its own.
+int64_t Planner::piece_slots(int64_t left, double room, double ns_per_slot, bool first) const {
   const double tile = request_.target->tile_slots;
+  const double slots = (room - request_.target->item_ns) / ns_per_slot;
+  if (static_cast<double>(left) <= slots) return left;
+  const double tiles = std::floor(std::max(slots, 0.0) / tile);
+  if (tiles < kLeastTiles) return first ? std::min<int64_t>(left, kLeastTiles * tile) : 0;
+  return static_cast<int64_t>(tiles * tile);
+}
+
+// Spans of at most `budget` that the items fill one after another; more than `most`: any such
+// number.
+int64_t Planner::count_spans(double budget, int64_t most) const {
+  int64_t spans = 1;
+  double used = 0;
+  for (const Load& load : loads_) {
+    for (int64_t left = load.slots; left > 0;) {
+      const int64_t take = piece_slots(left, budget - used, load.ns_per_slot, used == 0);
+      if (take == 0) {
+        if (++spans > most) return spans;
+        used = 0;
+        continue;
+      }
+      used += request_.target->item_ns + static_cast<double>(take) * load.ns_per_slot;
+      left -= take;
+    }
+  }
+  return spans;
+}
+
+// The least budget that so many spans meet.
+double Planner::span_budget(double total, int64_t num_spans) const {
+  constexpr int kHalvings = 12;
+  double low = total / static_cast<double>(num_spans);
+  double high = low;
+  while (count_spans(high, num_spans) > num_spans) {
+    low = high;
+    high *= 1.25;
+  }
+  for (int i = 0; i < kHalvings; ++i) {
+    const double middle = 0.5 * (low + high);
+    (count_spans(middle, num_spans) > num_spans ? low : high) = middle;
+  }
+  return high;
+}
+
+void Planner::cut_into_spans(const CostModel& costs) {
+  double total = 0;
+  loads_.clear();
+  for (const PlanItem& item : items_) {
+    int64_t slots = 0;
+    for (int32_t r = item.run_begin; r < item.run_end; ++r) slots += runs_[r].num_slots;
+    loads_.push_back({slots, costs.slot(blocks_[item.block].num_tokens)});
+    total += costs.item(blocks_[item.block].num_tokens, slots);
+  }
+  const double budget = span_budget(total, num_spans_for(total));
 
   std::vector<PlanItem> items;
   std::vector<PlanRun> runs;
@@ -85,35 +129,29 @@ void Planner::cut_into_spans() {
   runs.swap(runs_);
   spans_.assign(1, 0);
   span_ns_.clear();
-  double done = 0;
-  double closed = 0;
-  for (const PlanItem& item : items) {
-    const double ns_per_slot = costs.slot(blocks_[item.block].num_tokens);
-    RunCursor cursor{runs.data() + item.run_begin, 0, core_->page_size()};
-    for (int64_t left = slots_of(runs, item); left > 0;) {
-      const auto spans_closed = static_cast<double>(span_ns_.size());
-      const bool last_span = static_cast<int64_t>(span_ns_.size()) + 1 >= num_spans;
-      done += request_.target->item_ns;
-      int64_t take = left;
-      if (!last_span) {  // whole tiles up to the end of the span, and no slivers
-        const double room = ((spans_closed + 1) * span - done) / ns_per_slot;
-        take = std::min(left, static_cast<int64_t>(std::max(1.0, std::round(room / tile)) * tile));
-        if (left - take < static_cast<int64_t>(tile)) take = left;
+  double used = 0;
+  const auto close_span = [&] {
+    spans_.push_back(static_cast<int32_t>(items_.size()));
+    span_ns_.push_back(used);
+    used = 0;
+  };
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    const Load& load = loads_[i];
+    RunCursor cursor{runs.data() + items[i].run_begin, 0, core_->page_size()};
+    for (int64_t left = load.slots; left > 0;) {
+      const int64_t take = piece_slots(left, budget - used, load.ns_per_slot, used == 0);
+      if (take == 0) {
+        close_span();
+        continue;
       }
       const auto first_run = static_cast<int32_t>(runs_.size());
       cursor.take(take, runs_);
-      items_.push_back({item.block, first_run, static_cast<int32_t>(runs_.size()), -1});
-      done += static_cast<double>(take) * ns_per_slot;
+      items_.push_back({items[i].block, first_run, static_cast<int32_t>(runs_.size()), -1});
+      used += request_.target->item_ns + static_cast<double>(take) * load.ns_per_slot;
       left -= take;
-      if (last_span || done + 0.5 * tile * ns_per_slot < (spans_closed + 1) * span) continue;
-      spans_.push_back(static_cast<int32_t>(items_.size()));
-      span_ns_.push_back(done - closed);
-      closed = done;
     }
   }
-  if (spans_.back() == static_cast<int32_t>(items_.size())) return;
-  spans_.push_back(static_cast<int32_t>(items_.size()));
-  span_ns_.push_back(done - closed);
+  if (used > 0) close_span();
 }
 
 void Planner::assign_partials() {
@@ -181,17 +219,20 @@ void Planner::serialise(PlanData& out) const {
   h.num_block_tokens = static_cast<int32_t>(tokens_.size());
   h.num_items = static_cast<int32_t>(items_.size());
   h.num_runs = static_cast<int32_t>(runs_.size());
-  h.num_pages = static_cast<int32_t>(pages_.size());
+  for (const PageSource& source : sources_) h.num_pages += std::max(0, source.end - source.first);
   h.num_words = static_cast<int32_t>(words_.size());
   h.num_partial_rows = static_cast<int32_t>(counts_.num_partial_rows);
   h.num_merge_rows = static_cast<int32_t>(merge_rows_.size());
   h.group = request_.shape.group;
   h.page_size = core_->page_size();
   h.window = request_.window;
-  h.page_limit = pages_.empty() ? 0 : 1 + *std::max_element(pages_.begin(), pages_.end());
+  h.page_limit = core_->store().pages.limit();
   for (const PlanBlock& b : blocks_)
     h.max_block_tokens = std::max(h.max_block_tokens, b.num_tokens);
 
+  std::vector<int32_t> pages;
+  pages.reserve(h.num_pages);
+  for (const PageSource& source : sources_) append_pages(source, pages);
   out.buffer.assign(sizeof(PlanHeader) / 8, 0);
   Writer writer(out.buffer);
   h.off_blocks = writer.section(blocks_);
@@ -199,7 +240,7 @@ void Planner::serialise(PlanData& out) const {
   h.off_positions = writer.section(positions_);
   h.off_items = writer.section(items_);
   h.off_runs = writer.section(runs_);
-  h.off_pages = writer.section(pages_);
+  h.off_pages = writer.section(pages);
   h.off_words = writer.section(words_);
   h.num_spans = static_cast<int32_t>(spans_.size()) - 1;
   h.off_spans = writer.section(spans_);

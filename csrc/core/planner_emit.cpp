@@ -31,36 +31,67 @@ int32_t Planner::position(const Token& token) const {
       core_->step().positions[core_->step().rows[token.row].row_begin + token.index]);
 }
 
-int32_t Planner::segment_pages(Index segment) {
-  int32_t& begin = pages_of_segment_[segment];
-  if (begin >= 0) return begin;
-  begin = static_cast<int32_t>(pages_.size());
-  const std::vector<int32_t>& pages = core_->store().segments[segment].pages;
-  pages_.insert(pages_.end(), pages.begin(), pages.end());
-  if (row_of_segment_[segment] >= 0) {  // the pages that this step adds follow at once
-    const StepRow& row = core_->step().rows[row_of_segment_[segment]];
-    const auto first = core_->step().pages.begin();
-    pages_.insert(pages_.end(), first + row.pages_begin, first + row.pages_end);
+int32_t Planner::source_of_segment(Index segment) {
+  int32_t& source = source_of_segment_[segment];
+  if (source < 0) {
+    source = static_cast<int32_t>(sources_.size());
+    sources_.push_back({segment, row_of_segment_[segment]});
   }
-  return begin;
+  return source;
 }
 
-int32_t Planner::row_pages(int32_t r) {
+int32_t Planner::source_of_row(int32_t r) {
   const StepRow& row = core_->step().rows[r];
-  if (row.segment != kNone) return segment_pages(row.segment);
-  int32_t& begin = pages_of_row_[r];
-  if (begin >= 0) return begin;
-  begin = static_cast<int32_t>(pages_.size());
-  const auto first = core_->step().pages.begin();
-  pages_.insert(pages_.end(), first + row.pages_begin, first + row.pages_end);
-  return begin;
+  if (row.segment != kNone) return source_of_segment(row.segment);
+  int32_t& source = source_of_row_[r];
+  if (source < 0) {
+    source = static_cast<int32_t>(sources_.size());
+    sources_.push_back({kNone, r});
+  }
+  return source;
+}
+
+// Now that it is known which pages runs name: where they are in the plan.
+void Planner::lay_out_pages() {
+  int32_t next = 0;
+  for (PageSource& source : sources_) {
+    source.begin = next;
+    next += std::max(0, source.end - source.first);
+  }
+  for (std::size_t i = 0; i < runs_.size(); ++i) {
+    const PageSource& source = sources_[source_of_run_[i]];
+    runs_[i].page_begin += source.begin - source.first;
+  }
+}
+
+// The pages that the source's runs name.
+void Planner::append_pages(const PageSource& source, std::vector<int32_t>& out) const {
+  int32_t at = source.first;
+  if (source.segment != kNone) {
+    const std::vector<int32_t>& pages = core_->store().segments[source.segment].pages;
+    const int32_t end = std::min(source.end, static_cast<int32_t>(pages.size()));
+    if (at < end) {
+      out.insert(out.end(), pages.begin() + at, pages.begin() + end);
+      at = end;
+    }
+    at -= static_cast<int32_t>(pages.size());
+  }
+  if (source.row < 0) return;
+  const StepRow& row = core_->step().rows[source.row];
+  const auto first = core_->step().pages.begin() + row.pages_begin;
+  const int32_t end =
+      source.end -
+      (source.segment == kNone
+           ? 0
+           : static_cast<int32_t>(core_->store().segments[source.segment].pages.size()));
+  if (at < end) out.insert(out.end(), first + at, first + end);
 }
 
 // The tokens of the block being emitted that see a group.
 uint64_t Planner::mask_of(const Group& group) const {
   const auto block_begin = static_cast<int32_t>(block_first_ - all_tokens_.data());
   uint64_t mask = 0;
-  for (const RowRange& rows : group.rows) {
+  for (const RowRange& rows : groups_.rows(group)) {
     const int32_t first = std::max(groups_.token_begin[rows.begin] - block_begin, 0);
     const int32_t last = std::min(groups_.token_begin[rows.end] - block_begin, block_count_);
     if (last > first) mask |= bits(first, last - first);
@@ -78,7 +109,7 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
     const Group& group = groups_.groups[g];
     const uint64_t mask = mask_of(group);
     if (mask == 0) continue;
-    for (const Piece& piece : group.pieces) emit_piece(piece, mask);
+    for (const Piece& piece : groups_.pieces(group)) emit_piece(piece, mask);
     if (g < static_cast<int32_t>(groups_.order.size())) emit_own(g);
   }
   if (runs_.size() == static_cast<std::size_t>(first_run)) {  // the window passed everything by
@@ -97,10 +128,9 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
 
 void Planner::emit_piece(const Piece& piece, uint64_t mask) {
   const int32_t page_size = core_->page_size();
-  const int32_t begin = segment_pages(piece.segment);
-  push_run({mask, begin + piece.lo / page_size, piece.lo % page_size, piece.hi - piece.lo, 0, kFull,
-            0, 0, 0},
-           piece.first_position);
+  push_run(
+      {mask, piece.lo / page_size, piece.lo % page_size, piece.hi - piece.lo, 0, kFull, 0, 0, 0},
+      source_of_segment(piece.segment), piece.first_position);
 }
 
 // A branch's new tokens up to the block's last of them: each sees those before it and itself.
@@ -115,7 +145,7 @@ void Planner::emit_own(int32_t order_index) {
   const int32_t page_size = core_->page_size();
   const PlanRun run{
       bits(at + first, last - first),
-      row_pages(r) + row.first_slot / page_size,
+      row.first_slot / page_size,
       row.first_slot % page_size,
       last,
       0,
@@ -123,7 +153,7 @@ void Planner::emit_own(int32_t order_index) {
       1 - at,  // token `bit` is the branch's token bit - at, and sees bit - at + 1 slots
       0,
       0};
-  push_run(run, core_->step().positions[row.row_begin]);
+  push_run(run, source_of_row(r), core_->step().positions[row.row_begin]);
 }
 
 // A draft token sees its ancestors in the draft and itself: one word per slot, the window worked
@@ -141,14 +171,14 @@ void Planner::emit_draft(const StepRow& row, int32_t first, int32_t count, int32
   }
   const int32_t page_size = core_->page_size();
   const int32_t r = block_first_[bit].row;
-  runs_.push_back({bits(bit, count), row_pages(r) + row.first_slot / page_size,
-                   row.first_slot % page_size, first + count, static_cast<int32_t>(positions[0]),
-                   kPerSlot, 0, words_begin, 0});
+  add_run({bits(bit, count), row.first_slot / page_size, row.first_slot % page_size, first + count,
+           static_cast<int32_t>(positions[0]), kPerSlot, 0, words_begin, 0},
+          source_of_row(r));
 }
 
 // Adds a run to the item under construction, without the slots that its window hides from all
 // tokens that see the run.
-void Planner::push_run(PlanRun run, int64_t first_position) {
+void Planner::push_run(PlanRun run, int32_t source, int64_t first_position) {
   if (request_.window > 0) {
     int64_t least = INT64_MAX;
     int64_t most = INT64_MIN;
@@ -169,15 +199,30 @@ void Planner::push_run(PlanRun run, int64_t first_position) {
     if (first_position <= most - request_.window) run.kind |= kWindow;
   }
   run.first_position = static_cast<int32_t>(first_position);
-  if (!merge_run(run)) runs_.push_back(run);
+  if (!merge_run(run, source)) add_run(run, source);
+}
+
+void Planner::add_run(const PlanRun& run, int32_t source) {
+  runs_.push_back(run);
+  source_of_run_.push_back(source);
+  name_pages(run, source);
+}
+
+void Planner::name_pages(const PlanRun& run, int32_t source) {
+  PageSource& pages = sources_[source];
+  pages.first = std::min(pages.first, run.page_begin);
+  pages.end = std::max(pages.end,
+                       run.page_begin + (run.first_slot + run.num_slots + core_->page_size() - 1) /
+                                            core_->page_size());
 }
 
 // Joins a run to the one before it where slots, positions and readers go on and the first is seen
 // whole.
-bool Planner::merge_run(const PlanRun& run) {
+bool Planner::merge_run(const PlanRun& run, int32_t source) {
   if (runs_.size() == static_cast<std::size_t>(items_.back().run_begin)) return false;
   PlanRun& last = runs_.back();
   if ((last.kind & (kDiagonal | kPerSlot)) != 0 || last.mask != run.mask) return false;
+  if (source_of_run_.back() != source) return false;
   const int64_t page_size = core_->page_size();
   const int64_t last_end = last.page_begin * page_size + last.first_slot + last.num_slots;
   if (last_end != run.page_begin * page_size + run.first_slot) return false;
@@ -185,6 +230,7 @@ bool Planner::merge_run(const PlanRun& run) {
   last.diag = run.diag + last.num_slots;
   last.num_slots += run.num_slots;
   last.kind |= run.kind;
+  name_pages(run, source);
   return true;
 }
 
@@ -217,7 +263,7 @@ void Planner::count_unique() {
   for (const Group& group : groups_.groups) {
     counts_.unique_slots += group.slots;
     int64_t tokens = 0;
-    for (const RowRange& rows : group.rows)
+    for (const RowRange& rows : groups_.rows(group))
       tokens += groups_.token_begin[rows.end] - groups_.token_begin[rows.begin];
     counts_.tile_unique_slots += (tokens + max_tokens_ - 1) / max_tokens_ * group.slots;
   }

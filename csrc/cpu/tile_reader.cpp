@@ -7,8 +7,13 @@ namespace fork_attn::cpu {
 
 int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, int kv_head,
-                       int64_t begin, int64_t end)
+int64_t num_slots(const PlanView& plan, const PlanItem& item) {
+  int64_t slots = 0;
+  for (int32_t r = item.run_begin; r < item.run_end; ++r) slots += plan.runs()[r].num_slots;
+  return slots;
+}
+
+TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, int kv_head)
     : plan_(params.plan),
       k_(params.k_cache),
       v_(params.v_cache),
@@ -16,15 +21,12 @@ TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, 
       head_k_(kv_head * params.k_cache.head_stride),
       head_v_(kv_head * params.v_cache.head_stride),
       run_(item.run_begin),
-      left_(end - begin),
-      j_(begin) {
+      left_(num_slots(plan_, item)) {
   const PlanBlock& block = plan_.blocks()[item.block];
   block_mask_ = low_bits(block.num_tokens);
   positions_ = plan_.positions() + block.token_begin;
   max_position_ = *std::max_element(positions_, positions_ + block.num_tokens);
-  if (left_ <= 0) return;
-  while (j_ >= plan_.runs()[run_].num_slots) j_ -= plan_.runs()[run_++].num_slots;
-  enter_run();
+  if (left_ > 0) enter_run();
 }
 
 void TileReader::enter_run() {

@@ -22,9 +22,7 @@ struct Tile {
 // read. Short runs share tiles.
 class TileReader {
  public:
-  // Reads slots [begin, end) of the item's runs laid end to end.
-  TileReader(const TreeAttentionParams& params, const PlanItem& item, int kv_head, int64_t begin,
-             int64_t end);
+  TileReader(const TreeAttentionParams& params, const PlanItem& item, int kv_head);
 
   // Fills the next tile; false when there is none.
   bool next(Tile& tile);
@@ -42,11 +40,12 @@ class TileReader {
   int64_t max_position_;
   int32_t run_;
   int64_t left_;        // slots still to read, over all runs
-  int64_t j_;           // next slot of the current run
+  int64_t j_ = 0;       // next slot of the current run
   int32_t page_index_;  // where that slot lies
   int32_t offset_;
 };
 
 int element_size(DType dtype);
+int64_t num_slots(const PlanView& plan, const PlanItem& item);  // of all its runs
 
 }  // namespace fork_attn::cpu

@@ -1,6 +1,6 @@
 // Attention over a plan on the cores of the machine: units of work run in any order and leave
-// partial results, which are then merged per query row in a fixed order. Results depend on the
-// number of threads, not on their timing.
+// partial results, which are then merged per query row in a fixed order. Results depend on the plan
+// alone, not on the number of threads.
 #include <omp.h>
 
 #include <new>
@@ -65,14 +65,16 @@ void check(const TreeAttentionParams& params) {
 }
 
 template <class T>
-void merge_row(const TreeAttentionParams& p, const Schedule& schedule, const Partials& partials,
-               int64_t row, float* acc) {
+void merge_row(const TreeAttentionParams& p, const Partials& partials, int64_t row, float* acc) {
+  const PlanView plan(p.plan);
+  const int32_t* first = plan.merge_rows() + plan.merge_indptr()[row];
+  const int32_t* end_of_row = plan.merge_rows() + plan.merge_indptr()[row + 1];
   for (int32_t head = 0; head < p.num_q_heads; ++head) {
     const auto for_each = [&](const auto& visit) {
-      schedule.for_each_partial(row, [&](int64_t partial) {
-        const int64_t slot = partial * p.num_q_heads + head;
+      for (const int32_t* partial = first; partial != end_of_row; ++partial) {
+        const int64_t slot = int64_t{*partial} * p.num_q_heads + head;
         visit(partials.out + slot * p.head_dim_v, partials.lse[slot]);
-      });
+      }
     };
     const float* sink = p.sinks == nullptr ? nullptr : p.sinks + head;
     const RowEnd end = merge_head(for_each, p.head_dim_v, sink, acc);
@@ -82,15 +84,14 @@ void merge_row(const TreeAttentionParams& p, const Schedule& schedule, const Par
   }
 }
 
-void merge_row(const TreeAttentionParams& p, const Schedule& schedule, const Partials& partials,
-               int64_t row, float* acc) {
+void merge_row(const TreeAttentionParams& p, const Partials& partials, int64_t row, float* acc) {
   switch (p.dtype) {
     case DType::kFloat32:
-      return merge_row<float>(p, schedule, partials, row, acc);
+      return merge_row<float>(p, partials, row, acc);
     case DType::kBFloat16:
-      return merge_row<BFloat16>(p, schedule, partials, row, acc);
+      return merge_row<BFloat16>(p, partials, row, acc);
     case DType::kFloat16:
-      return merge_row<Float16>(p, schedule, partials, row, acc);
+      return merge_row<Float16>(p, partials, row, acc);
   }
 }
 
@@ -107,25 +108,25 @@ void tree_attention_at(SimdLevel level, const TreeAttentionParams& params) {
   static thread_local Workspace workspace;
   const Schedule schedule(params);
   const UnitBody body = unit_body(level);
-  const int64_t num_partials = schedule.num_partial_rows() * params.num_q_heads;
+  const int64_t num_partials =
+      int64_t{PlanView(params.plan).header().num_partial_rows} * params.num_q_heads;
   const std::size_t each = scratch_floats(params);
   const std::size_t all = each * schedule.threads();
   float* scratch = workspace.floats(all + num_partials * (params.head_dim_v + 1));
   const Partials partials{scratch + all, scratch + all + num_partials * params.head_dim_v};
-  const int64_t num_units = static_cast<int64_t>(schedule.units().size()) * params.num_kv_heads;
-  const int64_t num_tokens = PlanView(params.plan).header().num_tokens;
+  const std::vector<int32_t>& rows = schedule.rows_to_merge();
+  const int64_t num_rows = static_cast<int64_t>(rows.size());
 #pragma omp parallel num_threads(schedule.threads())
   {
     float* own = scratch + each * omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_units; ++i) {
-      Unit unit = schedule.units()[i / params.num_kv_heads];
-      unit.kv_head = static_cast<int32_t>(i % params.num_kv_heads);
-      body(params, unit, partials, own);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t i = 0; i < schedule.num_units(); ++i) {
+      body(params, schedule.unit(i), partials, own);
     }
+    if (num_rows > 0) {
+#pragma omp barrier
 #pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < num_tokens; ++row) {
-      if (!schedule.written_by_unit(row)) merge_row(params, schedule, partials, row, own);
+      for (int64_t i = 0; i < num_rows; ++i) merge_row(params, partials, rows[i], own);
     }
   }
 }

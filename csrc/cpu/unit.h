@@ -1,6 +1,5 @@
-// The unit of work on one core: a stretch of a work item's slots for one KV head. Its body is
-// compiled once for each instruction set level; the widest that the processor has is chosen at run
-// time.
+// The unit of work on one core: a work item for one KV head. Its body is compiled once for each
+// instruction set level; the widest that the processor has is chosen at run time.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +10,8 @@
 
 namespace fork_attn::cpu {
 
-// Results that wait for others of the same query row: row r holds num_q_heads x head_dim_v
-// normalised values and num_q_heads natural-log LSEs.
+// Results that wait for others of the same query row: the plan's partial row r holds num_q_heads x
+// head_dim_v normalised values and num_q_heads natural-log LSEs.
 struct Partials {
   float* out;
   float* lse;
@@ -21,8 +20,6 @@ struct Partials {
 struct Unit {
   int32_t item;
   int32_t kv_head;
-  int64_t slot_begin, slot_end;  // of the item's runs laid end to end
-  int64_t partial_row;           // of the block's first token; -1: the final output
 };
 
 using UnitBody = void (*)(const TreeAttentionParams& params, const Unit& unit,

@@ -1,4 +1,4 @@
-// One unit of work: flash attention of a block's rows over a stretch of slots, for one KV head.
+// One unit of work: flash attention of a block's rows over an item's slots, for one KV head.
 // Rows are ordered by token, then by query head within the group. See simd.h for how this is
 // compiled.
 #pragma once
@@ -46,8 +46,12 @@ class UnitRunner {
  public:
   UnitRunner(const TreeAttentionParams& params, const Unit& unit, const Partials& partials,
              float* scratch)
-      : p_(params), unit_(unit), partials_(partials), plan_(params.plan) {
-    block_ = plan_.blocks()[plan_.items()[unit.item].block];
+      : p_(params),
+        kv_head_(unit.kv_head),
+        partials_(partials),
+        plan_(params.plan),
+        item_(plan_.items()[unit.item]) {
+    block_ = plan_.blocks()[item_.block];
     group_ = plan_.header().group;
     num_rows_ = block_.num_tokens * group_;
     width_ = (p_.head_dim + kLanes - 1) / kLanes * kLanes;
@@ -67,10 +71,9 @@ class UnitRunner {
 
   void run() {
     begin();
-    TileReader reader(p_, plan_.items()[unit_.item], unit_.kv_head, unit_.slot_begin,
-                      unit_.slot_end);
+    TileReader reader(p_, item_, kv_head_);
     while (reader.next(tile_)) attend_tile();
-    if (unit_.partial_row >= 0) {
+    if (item_.partial_begin >= 0) {
       write_partials();
     } else {
       write_output();
@@ -78,7 +81,7 @@ class UnitRunner {
   }
 
  private:
-  int query_head(int h) const { return unit_.kv_head * group_ + h; }
+  int query_head(int h) const { return kv_head_ * group_ + h; }
 
   void begin() {
     const int32_t* tokens = plan_.tokens() + block_.token_begin;
@@ -232,7 +235,7 @@ class UnitRunner {
   void write_partials() {
     for (int i = 0; i < num_rows_; ++i) {
       const int64_t slot =
-          (unit_.partial_row + i / group_) * p_.num_q_heads + query_head(i % group_);
+          int64_t{item_.partial_begin + i / group_} * p_.num_q_heads + query_head(i % group_);
       const RowEnd end = end_row(max_[i], sum_[i], nullptr);
       const float* from = out_ + i * width_v_;
       float* to = partials_.out + slot * p_.head_dim_v;
@@ -255,9 +258,10 @@ class UnitRunner {
   }
 
   const TreeAttentionParams& p_;
-  const Unit& unit_;
+  int kv_head_;
   const Partials& partials_;
   PlanView plan_;
+  PlanItem item_;
   PlanBlock block_;
   int group_, num_rows_, width_, width_v_;  // widths: head dimensions rounded up to whole vectors
   float *q_, *out_, *max_, *sum_, *decay_, *scores_, *k_rows_, *k_columns_, *v_rows_;

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
@@ -61,10 +60,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _info(args: argparse.Namespace) -> int:
     report = info()
-    if args.json:
-        print(json.dumps(report, indent=2))
-    else:
-        _print_report(report)
+    print(json.dumps(report, indent=2) if args.json else _as_text(report))
     return 0
 
 
@@ -84,7 +80,7 @@ def info() -> dict[str, Any]:
         "versions": versions,
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "cpus": len(os.sched_getaffinity(0)),
+            "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
         "extension": {"path": _C.__file__, **_C.build_info()},
@@ -99,9 +95,11 @@ def info() -> dict[str, Any]:
     }
 
 
-def _print_report(report: dict[str, Any]) -> None:
+def _as_text(report: dict[str, Any]) -> str:
+    lines: list[str] = []
+
     def line(name: str, value: object) -> None:
-        print(f"{name:<20}{value}")
+        lines.append(f"{name:<20}{value}")
 
     for name, version in report["versions"].items():
         line(name, version or "not installed")
@@ -111,7 +109,7 @@ def _print_report(report: dict[str, Any]) -> None:
     extension, cuda = report["extension"], report["cuda"]
     openmp = f"OpenMP {extension['openmp']}" if extension["openmp"] else "no OpenMP"
     sanitized = ", sanitized" if extension["sanitized"] else ""
-    line("extension", f"{extension['compiler']}, {openmp}{sanitized}")
+    line("extension", f"{extension['compiler']}, {openmp}, {extension['simd']} kernels{sanitized}")
     line("", extension["path"])
     line("device code", cuda["architectures"] if cuda["built"] else "none")
     for index, device in enumerate(cuda["devices"]):
@@ -123,6 +121,7 @@ def _print_report(report: dict[str, Any]) -> None:
     for name, state in report["backends"].items():
         line(f"backend {name}", state)
     line("default backend", report["default_backend"])
+    return "\n".join(lines)
 
 
 def _describe_device(device: dict[str, Any]) -> str:
@@ -133,7 +132,3 @@ def _describe_device(device: dict[str, Any]) -> str:
         f"{device['memory_bytes'] / 2**30:.0f} GiB, "
         + (f"runs sm_{code} code of this build" if code else "this build has no code for it")
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,6 +10,7 @@ import torch
 
 from fork_attn import _C
 
+
 @dataclass(frozen=True)
 class PlanShape:
     """The layer that a plan's byte and FLOP figures are counted for."""
@@ -31,6 +32,7 @@ class Plan:
     buffer: torch.Tensor = field(repr=False)  # (words,) int64, the format of csrc/core/plan.h
     counts: dict[str, int]
     span_ns: tuple[float, ...] = field(repr=False)  # predicted time of each span, one KV head
+    cost_ns: float  # predicted time of all row blocks before they are cut, one KV head
     shape: PlanShape
     group: int  # query heads per KV head
     page_size: int
@@ -112,7 +114,13 @@ def build_plan(
     target: str,
     num_workers: int,
 ) -> Plan:
-    """The plan of the core's open step for one kind of layer, on a target of the cost table."""
+    """The plan of the core's open step for one kind of layer, on a target of the cost table.
+
+    Raises:
+        ValueError: an unknown target, no workers, a window below 1.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected None or at least 1, got {window}")
     group = shape.num_q_heads // shape.num_kv_heads
     sizes = (shape.num_kv_heads, group, shape.head_dim, shape.head_dim_v, shape.itemsize)
     data = core.build_plan(window or 0, sizes, target, num_workers)
@@ -120,6 +128,7 @@ def build_plan(
         torch.frombuffer(data, dtype=torch.int64),
         data.counts,
         tuple(data.span_ns),
+        data.cost_ns,
         shape,
         group=group,
         page_size=page_size,

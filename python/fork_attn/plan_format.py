@@ -50,6 +50,8 @@ class PlanHeader(NamedTuple):
     off_words: int
     off_merge_indptr: int
     off_merge_rows: int
+    num_spans: int
+    off_spans: int
 
 
 class PlanSections(NamedTuple):
@@ -63,6 +65,7 @@ class PlanSections(NamedTuple):
     run_masks: torch.Tensor  # (num_runs,) int64
     pages: torch.Tensor  # (num_pages,) int32
     words: torch.Tensor  # (num_words,) int64
+    spans: torch.Tensor  # (num_spans + 1,) int32: first item of each span, and the end
     merge_indptr: torch.Tensor  # (num_tokens + 1,) int32
     merge_rows: torch.Tensor  # (num_merge_rows,) int32
 
@@ -124,6 +127,7 @@ def sections(buffer: torch.Tensor) -> PlanSections:
         run_masks=runs[:, 0],
         pages=ints(h.off_pages, h.num_pages),
         words=buffer[h.off_words : h.off_words + h.num_words],
+        spans=ints(h.off_spans, h.num_spans + 1),
         merge_indptr=ints(h.off_merge_indptr, h.num_tokens + 1),
         merge_rows=ints(h.off_merge_rows, h.num_merge_rows),
     )

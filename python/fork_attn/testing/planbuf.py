@@ -174,6 +174,7 @@ def _serialise(lists: _Lists, merge_lists: list[list[int]], sizes: dict[str, int
         "runs": torch.cat([empty, *runs]),
         "pages": _words(lists.pages),
         "words": torch.tensor([_signed(word) for word in lists.words], dtype=torch.int64),
+        "spans": _words(range(len(lists.items) + 1)),
         "merge_indptr": _words(indptr),
         "merge_rows": _words([row for rows in merge_lists for row in rows]),
     }
@@ -193,6 +194,7 @@ def _serialise(lists: _Lists, merge_lists: list[list[int]], sizes: dict[str, int
         num_pages=len(lists.pages),
         num_words=len(lists.words),
         num_merge_rows=indptr[-1],
+        num_spans=len(lists.items),
         **sizes,
         **offsets,
     )
