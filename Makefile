@@ -30,9 +30,9 @@ pytest: $(VENV)/.installed-dev $(VENV)/.weights  ## the Python tests; ARGS="-k n
 lint: $(VENV)/.installed-dev build/stage  ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+	@echo clang-format; $(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 	MYPYPATH=build/stage $(VENV)/bin/mypy -p fork_attn
-	MYPYPATH=benchmarks/gpu $(VENV)/bin/mypy benchmarks/gpu benchmarks/peers
+	MYPYPATH=build/stage:benchmarks:benchmarks/gpu $(VENV)/bin/mypy $(shell find benchmarks -name '*.py')
 
 format: $(VENV)/.installed-dev  ## rewrite the sources in the project's style
 	$(VENV)/bin/ruff check --fix .
@@ -43,6 +43,7 @@ bench: $(VENV)/.installed-dev build/cpp  ## times of the host's verbs and of the
 	$(CMAKE) --build build/cpp --target cpp_benchmarks
 	for program in build/cpp/bench_*; do ./$$program || exit 1; done
 	$(PY) -m pytest benchmarks --benchmark-columns=min,median,max $(ARGS)
+	$(PY) benchmarks/cpu_attention.py --quick
 
 gpu:  ## on a GPU machine: build, test, measure; PART=build|test|baseline|dry
 	$(if $(filter dry,$(PART)),$(MAKE) $(VENV)/.installed-dev)

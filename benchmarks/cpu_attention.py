@@ -106,7 +106,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def measure(quick: bool, seconds: float) -> dict[str, Any]:
-    timer = Timer(seconds, min_rounds=5)
+    timer = Timer(seconds, min_rounds=7, cold=True)
     result: dict[str, Any] = {"machine": machine(), "load_before": load_average()}
     stream = stream_bandwidth(Timer(2.0 if quick else 5.0))
     result["stream_bytes_per_s"] = stream

@@ -134,7 +134,8 @@ class Forked:
         self.new_kv = tuple(x[:, -1] for x in inputs.suffix)
         step = self.cache.step(self.tokens)
         self.plan = step.plan
-        self.cache.attend(0, inputs.q, *self.new_kv, step)
+        k, v = self.new_kv
+        self.cache.attend(0, inputs.q, k, v, step)
         step.rollback()  # the slots keep what was written
 
     def _scatter(self, pages: int) -> None:

@@ -75,7 +75,7 @@ def stream_bandwidth(timer: Timer) -> dict[str, float]:
         }
     )
     arrays = {"copy": 2, "triad": 3, "read": 1}
-    return {name: arrays[name] * STREAM_BYTES / times[name].p20 for name in times}
+    return {name: arrays[name] * STREAM_BYTES / times[name].best for name in times}
 
 
 def matmul_rate(timer: Timer, num_heads: int, rows: int, head_dim: int) -> float:
@@ -91,4 +91,4 @@ def matmul_rate(timer: Timer, num_heads: int, rows: int, head_dim: int) -> float
         return torch.bmm(scores, keys, out=out)
 
     flops = 4 * num_heads * rows * head_dim * MATMUL_COLUMNS
-    return flops / timer.measure({"matmul": both})["matmul"].p20
+    return flops / timer.measure({"matmul": both})["matmul"].best

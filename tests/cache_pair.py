@@ -269,7 +269,8 @@ class CachePair:
         """Writes the rows' K and V in all layers."""
         identities = [t.identity for new in rows.values() for t in new.tokens]
         for layer in range(len(self.model.windows)):
-            self.cache._store(layer, *self.table.kv(layer, identities), step)
+            k, v = self.table.kv(layer, identities)
+            torch.ops.fork_attn.store_kv(k, v, *self.cache.layer(layer), step.slot_mapping)
 
     def attend(self, rows: Mapping[int, Rows], step: Step, **options: Any) -> None:
         """Writes the rows' K and V and compares attention with the oracle, in all layers.

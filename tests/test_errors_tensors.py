@@ -11,7 +11,15 @@ import pytest
 import torch
 from cache_pair import CachePair, Model
 
-from fork_attn import Branch, ConcurrentUse, ForkedKVCache, StalePlan, Unsupported
+from fork_attn import (
+    Branch,
+    ConcurrentUse,
+    Draft,
+    ForkedKVCache,
+    StalePlan,
+    Step,
+    Unsupported,
+)
 
 MODEL = Model(num_q_heads=4, num_kv_heads=2, head_dim=4, head_dim_v=6, windows=(None, 5))
 
@@ -265,17 +273,32 @@ def test_a_second_thread_is_refused_while_attention_runs(
 ) -> None:
     import fork_attn.ops as ops
 
+    pair, cache = scene.pair, scene.cache
     errors: list[Exception | None] = []
-    attention = ops.tree_attention
-    step = scene.cache.step({scene.a: 3})
+    attention = ops.run_tree_attention
+    counts = {scene.a: Draft((-1, -1, 1, 2))}
+    rows = pair.rows(counts, {scene.a: [1, 2, 3]})
+    step = cache.step(counts)
+    step.accept([1, 2, 3])
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        calls = (step.commit, scene.a.fork, lambda: scene.cache.attend(1, **_tensors(), step=step))
+        calls = (step.commit, scene.a.fork, lambda: cache.attend(1, **_tensors(4), step=step))
         errors.extend(_in_a_thread(call) for call in calls)
         return attention(*args, **kwargs)
 
-    monkeypatch.setattr(ops, "tree_attention", slow)
-    scene.cache.attend(0, **_tensors(), step=step)
-    assert [type(e) for e in errors] == [ConcurrentUse] * 3
-    step.rollback()
-    scene.pair.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "run_tree_attention", slow)
+        pair.attend(rows, step)
+    assert [type(e) for e in errors] == [ConcurrentUse] * 6  # in both layers
+    pair.raises(ConcurrentUse, "another thread", lambda: _commit_while_busy(scene, step))
+    step.commit()  # must not move the accepted tokens a second time
+    pair.oracle.step(rows)
+    pair.check()
+
+
+def _commit_while_busy(scene: Scene, step: Step) -> None:
+    scene.cache._core.enter()
+    try:
+        step.commit()
+    finally:
+        scene.cache._core.leave()

@@ -47,7 +47,7 @@ def open_step() -> tuple[fa.ForkedKVCache, fa.Step, torch.Tensor]:
     root.free()
     step = cache.step(dict.fromkeys(children, 2))
     q, k, v = new_tokens(6)
-    cache._store(0, k, v, step)
+    torch.ops.fork_attn.store_kv(k, v, *cache.layer(0), step.slot_mapping)
     return cache, step, q
 
 

@@ -212,3 +212,121 @@ def test_block_choice_is_within_3_percent_of_the_best(
     plan = plan_of(cache, grow(cache, roots), target)
     best = exhaustive(roots, costs)
     assert best * (1 - 1e-9) <= plan.cost_ns <= best * 1.03
+
+
+# --- absorb or keep
+
+
+def siblings(costs: Costs, above: int, slots: int, families: int) -> list[Node]:
+    """Families of 3 leaves too big to share a block, each below an ancestor of `slots` slots."""
+    new = costs.max_tokens // 2 + 1
+    family = [
+        Node(slots, children=[Node(50_000, new) for _ in range(3)]) for _ in range(families)
+    ]
+    return family if families == 1 else [Node(above, children=family)]
+
+
+def break_even(costs: Costs, partials: int) -> float:
+    """Slots from which reading a family's ancestor apart pays: 2 blocks instead of 3.
+
+    Every row then writes a partial of its own (`partials` = 2: for the ancestor's block, and for
+    the rest, which would have been written directly; 1: the rest is a partial anyway).
+    """
+    new = costs.max_tokens // 2 + 1
+    blocks = (costs.max_tokens, 3 * new - costs.max_tokens)
+    row = costs.item(1, 0, partial=True) - costs.item(1, 0, partial=False)
+    saved = 3 * costs.slot(new) - sum(costs.slot(tokens) for tokens in blocks)
+    return (2 * costs.table["item_ns"] + partials * 3 * new * row) / saved
+
+
+@pytest.mark.parametrize("families", [1, 4])
+@pytest.mark.parametrize("heads", [(32, 8), (64, 8), (32, 32)])
+@pytest.mark.parametrize("target", GPU_TARGETS)
+def test_an_ancestor_is_read_apart_where_that_breaks_even(
+    target: str, heads: tuple[int, int], families: int
+) -> None:
+    costs = Costs(target, PlanShape(*heads, 128, 128, 2))
+    at = break_even(costs, partials=2 if families == 1 else 1)
+    rows_above = 3 * (costs.max_tokens // 2 + 1) * families
+    above = 0 if families == 1 else -(-rows_above // costs.max_tokens)
+    blocks = {}
+    for factor in (0.97, 1.03):
+        cache = make_cache(heads)
+        roots = siblings(costs, 500_000, round(factor * at), families)
+        blocks[factor] = plan_of(cache, grow(cache, roots), target).num_row_blocks
+    assert blocks == {0.97: above + 3 * families, 1.03: above + 5 * families}
+
+
+@pytest.mark.parametrize("target", GPU_TARGETS)
+def test_break_even_in_bytes(target: str) -> None:
+    """Without the fixed cost of items and where bytes bound: 2 r k / (k - 1) slots of bf16 KV for
+    fp32 partials of k children of r rows, and twice that where they would be written directly."""
+    costs = Costs(target, PlanShape(32, 8, 128, 128, 2))
+    row = costs.item(1, 0, partial=True) - costs.item(1, 0, partial=False)
+    k, rows = 3, 16
+    tokens = rows // costs.group
+    assert k * tokens * row / ((k - 1) * costs.slot(tokens)) == pytest.approx(
+        2 * rows * k / (k - 1), rel=0.01
+    )
+
+
+# --- bytes and balance on the suite
+
+SUITE = {
+    "[1,10]x[4000,400]": ([1, 10], [4000, 400]),
+    "[1,256]x[256,32]": ([1, 256], [256, 32]),
+    "[1,1024]x[2048,32]": ([1, 1024], [2048, 32]),
+    "[1,256]x[32768,256]": ([1, 256], [32768, 256]),
+    "[1,8]x[4000,32]": ([1, 8], [4000, 32]),
+    "[1,256]x[2048,32]": ([1, 256], [2048, 32]),
+    "[1,16,64]x[1024,256,32]": ([1, 16, 64], [1024, 256, 32]),
+    "[1,4,16,64]x[1024,256,128,32]": ([1, 4, 16, 64], [1024, 256, 128, 32]),
+    "[1,4,16,512]x[1024,256,128,32]": ([1, 4, 16, 512], [1024, 256, 128, 32]),
+    "[1,2,4,...,128]x[16 each]": ([1, 2, 4, 8, 16, 32, 64, 128], [16] * 8),
+    "[1,2,4,...,1024]x[16 each]": ([1, 2, 4, 8, 16, 32, 64, 128, 1024], [16] * 9),
+    "[8,16,32,256]x[512,512,256,32]": ([8, 16, 32, 256], [512, 512, 256, 32]),
+    "[1,8,512]x[32,2048,256]": ([1, 8, 512], [32, 2048, 256]),
+    "[256]x[1024]": ([256], [1024]),
+    "[1]x[32768]": ([1], [32768]),
+}
+READ_ONCE = [
+    "[1,256]x[2048,32]",
+    "[1,4,16,64]x[1024,256,128,32]",
+    "[1,2,4,...,128]x[16 each]",
+    "[1,8,512]x[32,2048,256]",
+]
+
+
+def suite_plan(name: str, heads: tuple[int, int]) -> Plan:
+    nodes, slots = SUITE[name]
+
+    def level(index: int) -> Node:
+        if index + 1 == len(nodes):
+            return Node(slots[index], 1)
+        children = nodes[index + 1] // nodes[index]
+        return Node(slots[index], children=[level(index + 1) for _ in range(children)])
+
+    cache = make_cache(heads)
+    return plan_of(cache, grow(cache, [level(0) for _ in range(nodes[0])]), "sm_90")
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", READ_ONCE)
+def test_bytes_read_are_the_tile_unique_bytes(name: str, heads: tuple[int, int]) -> None:
+    plan = suite_plan(name, heads)
+    assert plan.read_kv_bytes <= 1.05 * plan.tile_unique_kv_bytes
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", SUITE)
+def test_workers_are_evenly_loaded_where_there_is_work_for_all(
+    name: str, heads: tuple[int, int]
+) -> None:
+    """Work for all: each worker's share is at least 4 times the fixed cost of an item, below which
+    a cut costs more than it gives."""
+    plan = suite_plan(name, heads)
+    share = plan.cost_ns * heads[1] / plan.num_workers
+    if share < 4 * _C.target_costs("sm_90")["item_ns"]:
+        assert plan.work_max_over_mean > 1.0
+        pytest.skip(f"{share:.0f} ns of work per worker")
+    assert plan.work_max_over_mean <= 1.10

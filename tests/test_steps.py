@@ -85,7 +85,7 @@ def test_a_closed_step_is_stale(state: str) -> None:
     assert step.state == state
     for call in (step.commit, step.rollback, step.__enter__, lambda: step.accept([])):
         pair.raises(StalePlan, f"expected an open step, got one that is {state}", call)
-    pair.raises(StalePlan, state, lambda: pair.store(rows, step))
+    pair.raises(StalePlan, state, lambda: pair.attend(rows, step))
     pair.raises(StalePlan, state, lambda: step.plan)
 
 
@@ -175,7 +175,8 @@ def test_what_accept_refuses() -> None:
         raises(ValueError, "expected one that drafts", lambda: step.accept([0], root))
         stranger = CachePair(SMALL).new_branch()
         raises(ValueError, "expected one of this step's", lambda: step.accept([0], stranger))
-        raises(TypeError, "", lambda: step.accept(["0"], a))  # type: ignore[list-item]
+        for path, error in (([2**40], ValueError), (["0"], TypeError), ([True], TypeError)):
+            raises(error, "path: expected", lambda path=path: step.accept(path, a))
         step.accept([0, 1], b)
         raises(ValueError, "accepted already", lambda: step.accept([], b))
     assert (a.length, b.length) == (6, 8)

@@ -3,13 +3,14 @@ positions and page counts with the oracle."""
 
 from __future__ import annotations
 
-from typing import Literal
+import gc
+from typing import Any, Literal
 
 import pytest
 import torch
 from cache_pair import CachePair, Model
 
-from fork_attn import Branch, ForkedKVCache, OutOfPages
+from fork_attn import Branch, ConcurrentUse, ForkedKVCache, OutOfPages
 
 Tail = Literal["seal", "copy"]
 TAILS: tuple[Tail, ...] = ("seal", "copy")
@@ -194,6 +195,48 @@ def test_handles() -> None:
     assert live_pages(pair) == 1  # a dropped handle is freed at the next verb
     pair.check()
     assert root != pair.cache.new_branch() and repr(root) == "Branch(id=0, length=3, position=3)"
+
+
+class Collecting:
+    """A core that loses the last references to some branches while a verb runs."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def select(self, *args: int) -> list[int]:
+        freed: list[int] = self._core.select(*args)
+        gc.collect()
+        return freed
+
+
+def test_a_branch_dropped_in_the_moment_it_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make()
+    root = root_of(pair, 3)
+    (child,) = root.fork()
+    cycle: list[object] = child.fork()
+    cycle.append(cycle)
+    del cycle
+    monkeypatch.setattr(pair.cache, "_core", Collecting(pair.cache._core))
+    root.select(child)
+    pair.cache.new_branch().free()
+    assert pair.cache.branches == (root,)
+    pair.check()
+
+
+def test_dropped_branches_wait_for_a_thread_that_is_in_the_cache() -> None:
+    pair = make()
+    root = root_of(pair, 3)
+    (child,) = pair.fork(root)
+    pair.drop(child)
+    del child
+    pair.cache._core.enter()
+    with pytest.raises(ConcurrentUse):
+        pair.cache.stats()
+    pair.cache._core.leave()
+    pair.check()  # and are freed then
 
 
 def test_a_cache_without_kv_keeps_the_books() -> None:

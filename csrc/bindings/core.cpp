@@ -278,7 +278,8 @@ void bind_plan(py::module_& m) {
             py::arg("read_slots") = c.read_slots, py::arg("visible_pairs") = c.visible_pairs,
             py::arg("executed_pairs") = c.executed_pairs, py::arg("num_tokens") = c.num_tokens,
             py::arg("num_blocks") = c.num_blocks, py::arg("num_items") = c.num_items,
-            py::arg("num_runs") = c.num_runs, py::arg("num_partial_rows") = c.num_partial_rows);
+            py::arg("num_runs") = c.num_runs, py::arg("num_partial_rows") = c.num_partial_rows,
+            py::arg("max_block_tokens") = c.max_block_tokens);
       });
 }
 

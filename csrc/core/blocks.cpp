@@ -71,38 +71,43 @@ double BlockChooser::packs_cost(std::span<const int32_t> children, const Above& 
 }
 
 BlockChooser::Best BlockChooser::best(int32_t index, const Above& above) {
-  const Group& group = groups_.groups[index];
   Best& known = best_[first_best_[index] + above.kept];
   if (known.cost >= 0) return known;
+  const Group& group = groups_.groups[index];
   const bool writes_partials = partial(above, group);
-  Best found;
   if (groups_.children(group).empty()) {
-    found = {leaf_cost(group, above.slots, writes_partials), How::kWhole};
-  } else {
-    found = {packs_cost(groups_.children(group), below(group, above, false)), How::kPush};
-    const double kept = kept_cost(group, above.slots + group.slots) +
-                        packs_cost(groups_.children(group), below(group, above, true));
-    if (kept < found.cost) found = {kept, How::kKeep};
-    if (tokens(group) <= max_tokens_) {
-      const double whole =
-          block_cost(tokens(group), above.slots + group.subtree_slots, writes_partials);
-      if (whole < found.cost) found = {whole, How::kWhole};
+    return known = {leaf_cost(group, above.slots, writes_partials), How::kWhole};
+  }
+  Best found;
+  if (tokens(group) <= max_tokens_) {
+    const int64_t slots = above.slots + group.subtree_slots;
+    found = {block_cost(tokens(group), slots, writes_partials), How::kWhole};
+    // Anything else is two items at least, which read all this, at best for one token each.
+    if (found.cost <= 2 * costs_.item(1, 0) + static_cast<double>(slots) * costs_.slot(1)) {
+      return known = found;
     }
   }
+  const double pushed = packs_cost(groups_.children(group), below(group, above, false));
+  if (found.cost < 0 || pushed < found.cost) found = {pushed, How::kPush};
+  const double kept = kept_cost(group, above.slots + group.slots) +
+                      packs_cost(groups_.children(group), below(group, above, true));
+  if (kept < found.cost) found = {kept, How::kKeep};
   return known = found;
 }
 
 BlockChoice BlockChooser::choose() {
-  first_best_.clear();
-  int32_t states = 0;
-  for (const Group& group : groups_.groups) {
-    first_best_.push_back(states);
-    states += group.in_tree ? group.depth + 1 : 0;
-  }
-  best_.assign(states, {});
   out_ = {};
-  kept_.assign(groups_.order.size(), 0);
-  keep_below(groups_.roots, {0, 0});
+  choose_apart();
+  double cost = evaluate();
+  if (groups_.order.size() <= kFewRows) cost = improve(cost);
+  out_.cost = cost;
+  for (const int32_t g : groups_.parents_first) {
+    if (apart_[g] == 0) continue;
+    const Group& group = groups_.groups[g];
+    const auto streams_begin = static_cast<int32_t>(out_.streams.size());
+    add_path(g, group.parent < 0 ? -1 : nearest_[group.parent], -1);
+    add_blocks(group.token_begin, group.token_end, streams_begin);
+  }
   // Groups that cross the tree are read by themselves. Their blocks go by the hull of their rows,
   // so that a block's tokens stay a range; rows in between that do not see the group are masked.
   for (const int32_t g : groups_.outside) {
@@ -112,8 +117,110 @@ BlockChoice BlockChooser::choose() {
     out_.streams.push_back(g);
     add_blocks(group.token_begin, group.token_end, streams_begin);
   }
-  pack_rows();
+  std::vector<int32_t> bounds = {static_cast<int32_t>(groups_.order.size())};
+  while (bounds.back() > 0) bounds.push_back(packs_[bounds.back()].first);
+  for (std::size_t k = bounds.size(); k-- > 1;) add_pack(bounds[k], bounds[k - 1]);
   return std::move(out_);
+}
+
+// The ancestors to read apart, by cost over the tree of groups, with packs within families only.
+void BlockChooser::choose_apart() {
+  apart_.assign(groups_.groups.size(), 0);
+  first_best_.clear();
+  int32_t states = 0;
+  for (const Group& group : groups_.groups) {
+    first_best_.push_back(states);
+    states += group.in_tree ? group.depth + 1 : 0;
+  }
+  best_.assign(states, {});
+  set_apart(groups_.roots, {0, 0});
+}
+
+void BlockChooser::set_apart(std::span<const int32_t> children, const Above& above) {
+  each_pack(children, above, [&](std::span<const int32_t> pack) {
+    if (pack.size() > 1) return;
+    const Group& group = groups_.groups[pack[0]];
+    const How how = best(pack[0], above).how;
+    if (how == How::kWhole) return;
+    apart_[pack[0]] = how == How::kKeep;
+    set_apart(groups_.children(group), below(group, above, how == How::kKeep));
+  });
+}
+
+// The cost with these ancestors read apart and the cheapest packs of neighbouring rows, whatever
+// their parents. Rows below different such ancestors never share a block.
+double BlockChooser::evaluate() {
+  const std::size_t num_rows = groups_.order.size();
+  nearest_.assign(groups_.groups.size(), -1);
+  above_.assign(groups_.groups.size(), 0);
+  last_reads_.assign(num_rows + 1, 0);
+  double cost = 0;
+  for (const int32_t g : groups_.parents_first) {
+    const Group& group = groups_.groups[g];
+    if (group.parent >= 0) {
+      nearest_[g] = nearest_[group.parent];
+      if (apart_[group.parent] == 0)
+        above_[g] = above_[group.parent] + groups_.groups[group.parent].slots;
+    }
+    if (apart_[g] == 0) continue;
+    nearest_[g] = g;
+    cost += kept_cost(group, above_[g] + group.slots);
+  }
+  for (const int32_t g : groups_.parents_first) {  // who is the last of its rows to read it
+    const Group& group = groups_.groups[g];
+    const int32_t last = groups_.rows(group)[0].end - 1;
+    if (group.depth >= kept_depth(last)) last_reads_[last + 1] += group.slots;
+  }
+  for (std::size_t i = 0; i < num_rows; ++i) last_reads_[i + 1] += last_reads_[i];
+  return cost + pack_rows();
+}
+
+double BlockChooser::pack_rows() {
+  const auto num_rows = static_cast<int32_t>(groups_.order.size());
+  packs_.assign(num_rows + 1, {0, 0});
+  for (int32_t last = 0; last < num_rows; ++last) {
+    const Group& row = groups_.groups[last];
+    bool writes_partials = nearest_[last] >= 0 || groups_.crossed[last] != 0;
+    const int64_t reads = above_[last] + row.slots + last_reads_[last];
+    Pack found = {packs_[last].cost + leaf_cost(row, above_[last], writes_partials), last};
+    for (int32_t first = last; first-- > 0;) {
+      const int64_t count = row.token_end - groups_.token_begin[first];
+      if (count > max_tokens_ || nearest_[first] != nearest_[last]) break;
+      writes_partials |= groups_.crossed[first] != 0;
+      const double cost =
+          packs_[first].cost + block_cost(count, reads - last_reads_[first], writes_partials);
+      if (cost <= found.cost) found = {cost, first};
+    }
+    packs_[last + 1] = found;
+  }
+  return packs_[num_rows].cost;
+}
+
+// Turns single ancestors, or one and its parent, while that pays. For few rows only, where one
+// badly filled block weighs much.
+double BlockChooser::improve(double cost) {
+  const auto flip = [&](int32_t g) { apart_[g] ^= 1; };
+  const auto try_flips = [&](int32_t g, int32_t h) {
+    flip(g);
+    if (h >= 0) flip(h);
+    const double changed = evaluate();
+    if (changed < cost * (1 - 1e-9)) {
+      cost = changed;
+      return true;
+    }
+    flip(g);
+    if (h >= 0) flip(h);
+    return false;
+  };
+  for (bool better = true; better;) {
+    better = false;
+    for (const int32_t g : groups_.parents_first) {
+      if (groups_.children(groups_.groups[g]).empty()) continue;
+      better |= try_flips(g, -1);
+      if (groups_.groups[g].parent >= 0) better |= try_flips(g, groups_.groups[g].parent);
+    }
+  }
+  return evaluate();
 }
 
 // Cuts the range of tokens into blocks that read the streams from `streams_begin` on.
@@ -125,105 +232,21 @@ void BlockChooser::add_blocks(int32_t begin, int32_t end, int32_t streams_begin)
   }
 }
 
-// Adds the ancestors of a group from depth `from` on, and itself, oldest first, as far as row
-// `seen_by` does not see them too.
-void BlockChooser::add_path(int32_t group, int32_t from, int32_t seen_by) {
+// Adds a group and its ancestors below `stop`, oldest first, without those that row `seen_by` sees
+// too.
+void BlockChooser::add_path(int32_t group, int32_t stop, int32_t seen_by) {
   const auto begin = static_cast<std::ptrdiff_t>(out_.streams.size());
-  for (int32_t g = group; g >= 0 && groups_.groups[g].depth >= from; g = groups_.groups[g].parent) {
+  for (int32_t g = group; g != stop && g >= 0; g = groups_.groups[g].parent) {
     if (groups_.rows(groups_.groups[g])[0].begin <= seen_by) break;
     out_.streams.push_back(g);
   }
   std::reverse(out_.streams.begin() + begin, out_.streams.end());
 }
 
-void BlockChooser::keep_below(std::span<const int32_t> children, const Above& above) {
-  each_pack(children, above, [&](std::span<const int32_t> pack) {
-    if (pack.size() == 1) keep(pack[0], above);
-  });
-}
-
-void BlockChooser::keep(int32_t index, const Above& above) {
-  const Group& group = groups_.groups[index];
-  const How how = best(index, above).how;
-  if (how == How::kWhole) return;
-  if (how == How::kKeep) {  // it reads what was pushed down to it, too
-    out_.cost += kept_cost(group, above.slots + group.slots);
-    const auto streams_begin = static_cast<int32_t>(out_.streams.size());
-    add_path(index, above.kept, -1);
-    add_blocks(group.token_begin, group.token_end, streams_begin);
-    const RowRange rows = groups_.rows(group)[0];
-    std::fill(kept_.begin() + rows.begin, kept_.begin() + rows.end, group.depth + 1);
-  }
-  keep_below(groups_.children(group), below(group, above, how == How::kKeep));
-}
-
-// With the ancestors settled that are read apart, the cheapest packs of neighbouring rows, whatever
-// their parents. Rows below different such ancestors never share a block.
-void BlockChooser::pack_rows() {
-  const std::size_t num_rows = groups_.order.size();
-  std::vector<RowReads> reads(num_rows);
-  int64_t before = 0;
-  for (std::size_t i = 0; i < num_rows; ++i) {
-    const int32_t next = static_cast<int32_t>(i) + 1;
-    RowReads& row = reads[i];
-    row.before = before;
-    for (int32_t g = static_cast<int32_t>(i); g >= 0; g = groups_.groups[g].parent) {
-      const Group& group = groups_.groups[g];
-      if (group.depth < kept_[i]) break;
-      row.slots += group.slots;
-      if (groups_.rows(group)[0].end <= next) before += group.slots;
-    }
-  }
-  for (std::size_t first = 0; first < num_rows;) {
-    std::size_t last = first + 1;
-    while (last < num_rows && same_kept(first, last)) ++last;
-    pack_range(reads, first, last);
-    first = last;
-  }
-}
-
-// Whether two rows have the same ancestor read apart above them, or none.
-bool BlockChooser::same_kept(std::size_t a, std::size_t b) const {
-  if (kept_[a] != kept_[b]) return false;
-  if (kept_[a] == 0) return true;
-  int32_t g = static_cast<int32_t>(a);
-  while (groups_.groups[g].depth >= kept_[a]) g = groups_.groups[g].parent;
-  return static_cast<std::size_t>(groups_.rows(groups_.groups[g])[0].end) > b;
-}
-
-void BlockChooser::pack_range(const std::vector<RowReads>& reads, std::size_t begin,
-                              std::size_t end) {
-  struct Split {
-    double cost;
-    std::size_t first;  // of the last pack
-  };
-  std::vector<Split> best_of(end - begin + 1, {0, 0});
-  for (std::size_t last = begin; last < end; ++last) {
-    const Group& row = groups_.groups[last];
-    bool writes_partials = kept_[last] > 0 || groups_.crossed[last] != 0;
-    Split found = {
-        best_of[last - begin].cost + leaf_cost(row, reads[last].slots - row.slots, writes_partials),
-        last};
-    for (std::size_t first = last; first-- > begin;) {
-      const int64_t count = row.token_end - groups_.token_begin[first];
-      if (count > max_tokens_) break;
-      writes_partials |= groups_.crossed[first] != 0;
-      const int64_t slots = reads[last].slots + reads[last].before - reads[first].before;
-      const double cost = best_of[first - begin].cost + block_cost(count, slots, writes_partials);
-      if (cost <= found.cost) found = {cost, first};
-    }
-    best_of[last + 1 - begin] = found;
-  }
-  out_.cost += best_of[end - begin].cost;
-  std::vector<std::size_t> bounds = {end};
-  while (bounds.back() > begin) bounds.push_back(best_of[bounds.back() - begin].first);
-  for (std::size_t k = bounds.size(); k-- > 1;) add_pack(bounds[k], bounds[k - 1]);
-}
-
-void BlockChooser::add_pack(std::size_t first, std::size_t last) {
+void BlockChooser::add_pack(int32_t first, int32_t last) {
   const auto streams_begin = static_cast<int32_t>(out_.streams.size());
-  for (auto row = static_cast<int32_t>(first); row < static_cast<int32_t>(last); ++row) {
-    add_path(row, kept_[row], row == static_cast<int32_t>(first) ? -1 : row - 1);
+  for (int32_t row = first; row < last; ++row) {
+    add_path(row, nearest_[row], row == first ? -1 : row - 1);
   }
   add_blocks(groups_.token_begin[first], groups_.token_begin[last], streams_begin);
 }

@@ -46,10 +46,11 @@ class BlockChooser {
     double cost = -1;
     How how = How::kWhole;
   };
-  struct RowReads {      // what a row's block reads for it
-    int64_t slots = 0;   // below the ancestors that are read apart
-    int64_t before = 0;  // of the rows before it, as far as their next row does not read it too
+  struct Pack {  // the cheapest packs of the first rows
+    double cost;
+    int32_t first;  // row of the last of them
   };
+  static constexpr std::size_t kFewRows = 32;
 
   Best best(int32_t group, const Above& above);
   double leaf_cost(const Group& group, int64_t slots_above, bool partial) const;
@@ -64,13 +65,17 @@ class BlockChooser {
   static int64_t tokens(const Group& group) { return group.token_end - group.token_begin; }
   Above below(const Group& group, const Above& above, bool keep) const;
 
-  void keep(int32_t group, const Above& above);
-  void keep_below(std::span<const int32_t> children, const Above& above);
-  void pack_rows();
-  bool same_kept(std::size_t a, std::size_t b) const;
-  void pack_range(const std::vector<RowReads>& reads, std::size_t begin, std::size_t end);
-  void add_pack(std::size_t first, std::size_t last);
-  void add_path(int32_t group, int32_t from, int32_t seen_by);
+  void choose_apart();
+  void set_apart(std::span<const int32_t> children, const Above& above);
+  double evaluate();
+  double pack_rows();
+  double improve(double cost);
+  // How many of a row's ancestors are settled by the nearest that is read apart.
+  int32_t kept_depth(int32_t row) const {
+    return nearest_[row] < 0 ? 0 : groups_.groups[nearest_[row]].depth + 1;
+  }
+  void add_pack(int32_t first, int32_t last);
+  void add_path(int32_t group, int32_t stop, int32_t seen_by);
   void add_blocks(int32_t begin, int32_t end, int32_t streams_begin);
 
   const Groups& groups_;
@@ -78,7 +83,13 @@ class BlockChooser {
   int64_t max_tokens_;
   std::vector<int32_t> first_best_;  // of each group in best_
   std::vector<Best> best_;           // per group, per number of kept ancestors
-  std::vector<int32_t> kept_;        // per row: how many of its ancestors are settled elsewhere
+  std::vector<uint8_t> apart_;       // per group: it is read by an item of its own
+  // Per group, from evaluate():
+  std::vector<int32_t> nearest_;  // ancestor or itself that is read apart, -1: none
+  std::vector<int64_t> above_;    // slots of its ancestors below that
+  // Per row: slots that rows before it read, as far as the row after them does not read them too.
+  std::vector<int64_t> last_reads_;
+  std::vector<Pack> packs_;  // per number of rows
   BlockChoice out_;
 };
 

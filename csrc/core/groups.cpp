@@ -253,7 +253,8 @@ void Groups::build_tree() {
     nested[kept++] = g;
   }
   nested.resize(kept);
-  link_children(nested);
+  parents_first.swap(nested);
+  link_children();
   for (const int32_t g : outside) {
     for (const RowRange& r : rows(groups[g])) {
       std::fill(crossed.begin() + r.begin, crossed.begin() + r.end, 1);
@@ -261,7 +262,7 @@ void Groups::build_tree() {
   }
 }
 
-void Groups::link_children(const std::vector<int32_t>& parents_first) {
+void Groups::link_children() {
   for (const int32_t g : parents_first) {
     if (groups[g].parent >= 0) ++groups[groups[g].parent].children_end;
   }

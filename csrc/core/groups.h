@@ -58,9 +58,10 @@ class Groups {
   std::vector<int32_t> token_begin;
   // Group i < order.size() is row order[i]'s own, new tokens included in slots.
   std::vector<Group> groups;
-  std::vector<int32_t> roots;    // of the tree
-  std::vector<int32_t> outside;  // groups that cross others
-  std::vector<uint8_t> crossed;  // per entry of order: some group outside the tree holds it
+  std::vector<int32_t> roots;          // of the tree
+  std::vector<int32_t> parents_first;  // the tree
+  std::vector<int32_t> outside;        // groups that cross others
+  std::vector<uint8_t> crossed;        // per entry of order: some group outside the tree holds it
 
  private:
   struct Node {  // a link that some row sees; or, as a leaf, a row
@@ -84,7 +85,7 @@ class Groups {
   int64_t least_position(const Group& group) const;
   void count_slots();
   void build_tree();
-  void link_children(const std::vector<int32_t>& parents_first);
+  void link_children();
 
   const CacheCore* core_ = nullptr;
   int32_t window_ = 0;

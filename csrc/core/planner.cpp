@@ -50,6 +50,7 @@ void Planner::reset(const CacheCore& core, const PlanRequest& request) {
 }
 
 PlanData Planner::build(const CacheCore& core, const PlanRequest& request) {
+  if (!core.step_open()) fail(ErrorKind::kStalePlan, "plan: expected an open step");
   check(request);
   reset(core, request);
   groups_.build(core, request.window);
@@ -62,6 +63,7 @@ PlanData Planner::build(const CacheCore& core, const PlanRequest& request) {
   cut_into_spans(costs);
   assign_partials();
   counts_.num_tokens = static_cast<int64_t>(core.step().positions.size());
+  counts_.max_block_tokens = max_tokens_;
   counts_.num_blocks = static_cast<int64_t>(blocks_.size());
   counts_.num_items = static_cast<int64_t>(items_.size());
   counts_.num_runs = static_cast<int64_t>(runs_.size());

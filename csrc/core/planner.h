@@ -29,6 +29,7 @@ struct PlanCounts {
   int64_t visible_pairs;      // (query row, slot) pairs that attend
   int64_t executed_pairs;  // (query row, slot) pairs that the items compute, masked ones included
   int64_t num_tokens, num_blocks, num_items, num_runs, num_partial_rows;
+  int64_t max_block_tokens;  // that a row block may hold on the target
 };
 
 struct PlanData {
@@ -40,7 +41,7 @@ struct PlanData {
 
 class Planner {
  public:
-  // The core must have an open step. kValue: a request out of range.
+  // kStalePlan: the core has no open step. kValue: a request out of range.
   PlanData build(const CacheCore& core, const PlanRequest& request);
 
  private:

@@ -35,6 +35,15 @@ void widen_rows(const void* const* from, int count, int dim, int width, float* s
   }
 }
 
+// Asks for rows that the next tile needs: pages lie anywhere, so the processor cannot guess them.
+inline void prefetch_rows(const void* const* rows, int count, std::size_t bytes) {
+  constexpr std::size_t kLine = 64;
+  for (int n = 0; n < count; ++n) {
+    const char* row = static_cast<const char*>(rows[n]);
+    for (std::size_t b = 0; b < bytes; b += kLine) __builtin_prefetch(row + b, 0, 2);
+  }
+}
+
 inline bool all_finite(const float* row, int width) {
   VecF sum = {};
   for (int d = 0; d < width; d += kLanes) sum += load(row + d) * 0.0f;  // NaN from Inf and NaN
@@ -72,7 +81,13 @@ class UnitRunner {
   void run() {
     begin();
     TileReader reader(p_, item_, kv_head_);
-    while (reader.next(tile_)) attend_tile();
+    Tile tiles[2];
+    bool more = reader.next(tiles[0]);
+    for (int i = 0; more; i ^= 1) {
+      more = reader.next(tiles[i ^ 1]);
+      if (!more) tiles[i ^ 1].count = 0;
+      attend_tile(tiles[i], tiles[i ^ 1]);
+    }
     if (item_.partial_begin >= 0) {
       write_partials();
     } else {
@@ -100,56 +115,58 @@ class UnitRunner {
   }
 
   // K and V of the tile as rows of floats: in place where that is what memory holds.
-  void prepare_rows() {
+  void prepare_rows(const Tile& tile) {
     if (std::is_same_v<T, float> && p_.head_dim == width_) {
-      for (int n = 0; n < tile_.count; ++n) k_[n] = static_cast<const float*>(tile_.k[n]);
+      for (int n = 0; n < tile.count; ++n) k_[n] = static_cast<const float*>(tile.k[n]);
     } else {
-      widen_rows<T>(tile_.k, tile_.count, p_.head_dim, width_, k_rows_, k_);
+      widen_rows<T>(tile.k, tile.count, p_.head_dim, width_, k_rows_, k_);
     }
     if (std::is_same_v<T, float> && p_.head_dim_v == width_v_) {
-      for (int n = 0; n < tile_.count; ++n) v_[n] = static_cast<const float*>(tile_.v[n]);
+      for (int n = 0; n < tile.count; ++n) v_[n] = static_cast<const float*>(tile.v[n]);
     } else {
-      widen_rows<T>(tile_.v, tile_.count, p_.head_dim_v, width_v_, v_rows_, v_);
+      widen_rows<T>(tile.v, tile.count, p_.head_dim_v, width_v_, v_rows_, v_);
     }
   }
 
   // Bit n of seen_[t]: token t sees slot n of the tile. Finds hidden slots whose V holds NaN or Inf
   // on the way.
-  void prepare_masks() {
+  void prepare_masks(const Tile& tile) {
     isolate_ = false;
-    for (int t = 0; t < block_.num_tokens; ++t) seen_[t] = low_bits(tile_.count);
+    for (int t = 0; t < block_.num_tokens; ++t) seen_[t] = low_bits(tile.count);
     const uint64_t block = low_bits(block_.num_tokens);
-    if (tile_.seen_by_all == block) return;
+    if (tile.seen_by_all == block) return;
     for (int t = 0; t < block_.num_tokens; ++t) {
-      if (tile_.seen_by_all >> t & 1) continue;
+      if (tile.seen_by_all >> t & 1) continue;
       uint64_t seen = 0;
-      for (int n = 0; n < tile_.count; ++n) seen |= (tile_.words[n] >> t & 1) << n;
+      for (int n = 0; n < tile.count; ++n) seen |= (tile.words[n] >> t & 1) << n;
       seen_[t] = seen;
     }
-    for (int n = 0; n < tile_.count && !isolate_; ++n) {
-      isolate_ = tile_.words[n] != block && !all_finite(v_[n], width_v_);
+    for (int n = 0; n < tile.count && !isolate_; ++n) {
+      isolate_ = tile.words[n] != block && !all_finite(v_[n], width_v_);
     }
   }
 
-  void attend_tile() {
-    prepare_rows();
-    prepare_masks();
+  void attend_tile(const Tile& tile, const Tile& next) {
+    prepare_rows(tile);
+    prepare_masks(tile);
+    prefetch_rows(next.k, next.count, p_.head_dim * sizeof(T));
     const bool dot = num_rows_ <= kDotRows;
-    if (!dot) transpose_rows(k_, tile_.count, width_, k_columns_);
-    const int num_vectors = (tile_.count + kLanes - 1) / kLanes;
+    if (!dot) transpose_rows(k_, tile.count, width_, k_columns_);
+    const int num_vectors = (tile.count + kLanes - 1) / kLanes;
     for (int row = 0; row < num_rows_; row += kChunkRows) {
       const int rows = num_rows_ - row < kChunkRows ? num_rows_ - row : kChunkRows;
       const float* q = q_ + row * width_;
       if (dot) {
-        dot_products(q, rows, width_, k_, tile_.count, scores_);
+        dot_products(q, rows, width_, k_, tile.count, scores_);
       } else {
         multiply_keys(q, rows, num_vectors);
       }
       softmax(row, rows, num_vectors);
+      if (row == 0) prefetch_rows(next.v, next.count, p_.head_dim_v * sizeof(T));
       if (isolate_) {
         add_isolated(row, rows);
       } else {
-        multiply(scores_, kTileSlots, rows, ScatteredRows{v_}, tile_.count, width_v_ / kLanes,
+        multiply(scores_, kTileSlots, rows, ScatteredRows{v_}, tile.count, width_v_ / kLanes,
                  out_ + row * width_v_, width_v_, decay_);
       }
     }
@@ -265,7 +282,6 @@ class UnitRunner {
   PlanBlock block_;
   int group_, num_rows_, width_, width_v_;  // widths: head dimensions rounded up to whole vectors
   float *q_, *out_, *max_, *sum_, *decay_, *scores_, *k_rows_, *k_columns_, *v_rows_;
-  Tile tile_;
   const float* k_[kTileSlots];
   const float* v_[kTileSlots];
   uint64_t seen_[kMaxBlockTokens];

@@ -27,7 +27,8 @@ Device describe(int index) {
   int previous = 0;
   cudaGetDevice(&previous);
   cudaFuncAttributes attributes{};
-  if (cudaSetDevice(index) == cudaSuccess && cudaFuncGetAttributes(&attributes, probe) == cudaSuccess) {
+  if (cudaSetDevice(index) == cudaSuccess &&
+      cudaFuncGetAttributes(&attributes, probe) == cudaSuccess) {
     device.binary_version = attributes.binaryVersion;
   }
   cudaSetDevice(previous);
@@ -50,7 +51,8 @@ DeviceInfo device_info() {
   if (error != cudaSuccess) {
     cudaGetLastError();
     info.reason = cudaGetErrorString(error);
-    if (info.driver_version == 0) info.reason = "no CUDA driver on this machine (" + info.reason + ")";
+    if (info.driver_version == 0)
+      info.reason = "no CUDA driver on this machine (" + info.reason + ")";
     return info;
   }
   if (count == 0) info.reason = "the CUDA driver reports no devices";

@@ -212,21 +212,17 @@ class ForkedKVCache:
         self._storage.fit(layer, q, k, v)
         shape = (step.num_tokens, layer.num_q_heads, layer.head_dim)
         checks.tensor("q", q, shape=shape, dtype=self.dtype, device=self.device)
+        self._check_kv(layer, k, v, step)
+        options = ops.check_scores(
+            softmax_scale, softcap, sinks, layer.num_q_heads, layer.head_dim, self.device
+        )
         plan = step.plan_for(layer_idx)
-        self._store(layer_idx, k, v, step)
-        assert layer.k_cache is not None and layer.v_cache is not None
+        k_cache, v_cache = layer.k_cache, layer.v_cache
+        assert k_cache is not None and v_cache is not None
         self._core.enter()
         try:
-            out, _ = ops.tree_attention(
-                q,
-                layer.k_cache,
-                layer.v_cache,
-                plan,
-                softmax_scale=softmax_scale,
-                softcap=softcap,
-                sinks=sinks,
-                backend=self.backend,  # type: ignore[arg-type]
-            )
+            torch.ops.fork_attn.store_kv(k, v, k_cache, v_cache, step.slot_mapping)
+            out, _ = ops.run_tree_attention(q, k_cache, v_cache, plan, *options, self.backend)
         finally:
             self._core.leave()
         return out
@@ -297,8 +293,10 @@ class ForkedKVCache:
 
     def _free_dropped(self) -> None:
         if self._dropped and not self._core.step_open:
-            dropped, self._dropped = self._dropped, []
-            self._core.free(dropped)
+            dropped = list(self._dropped)
+            # A select may have freed a branch in the moment before its last reference went.
+            self._core.free([handle for handle in dropped if self._core.alive(handle)])
+            del self._dropped[: len(dropped)]
 
     def _drop(self, handle: int) -> None:
         if self._refs.pop(handle, None) is not None:
@@ -333,14 +331,7 @@ class ForkedKVCache:
         if step.state != "open":
             raise StalePlan(f"step: expected an open step, got one that is {step.state}")
 
-    def _store(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
-        layer = self._layer(layer_idx)
-        self._require_step(step)
+    def _check_kv(self, layer: Layer, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         rows = (step.num_tokens, layer.num_kv_heads)
         checks.tensor("k", k, shape=(*rows, layer.head_dim), dtype=self.dtype, device=self.device)
         checks.tensor("v", v, shape=(*rows, layer.head_dim_v), dtype=self.dtype, device=self.device)
-        self._core.enter()
-        try:
-            torch.ops.fork_attn.store_kv(k, v, layer.k_cache, layer.v_cache, step.slot_mapping)
-        finally:
-            self._core.leave()

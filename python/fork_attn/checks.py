@@ -43,11 +43,8 @@ def tensor(
     contiguous."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-    expected = ", ".join(str(size) for size in shape)
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
+    if value.shape != shape and not _fits(value.shape, shape):
+        expected = ", ".join(str(size) for size in shape)
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(value.shape)}")
     if dtype is not None and value.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {value.dtype}")
@@ -58,3 +55,9 @@ def tensor(
             f"{name}: expected a contiguous last dimension, got stride {value.stride(-1)}"
         )
     return value
+
+
+def _fits(got: Sequence[int], shape: Sequence[int | str]) -> bool:
+    return len(got) == len(shape) and all(
+        isinstance(want, str) or want == size for want, size in zip(shape, got, strict=True)
+    )

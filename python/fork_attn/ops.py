@@ -59,7 +59,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def _rows(t: torch.Tensor) -> tuple[int, int, int]:
-    return (t.data_ptr(), t.stride(0), t.stride(1))
+    row, head, _ = t.stride()
+    return (t.data_ptr(), row, head)
 
 
 def _tree_attention_cpu(
@@ -225,13 +226,46 @@ def tree_attention(
         raise ValueError(
             f"k_cache, v_cache: expected at least the plan's {plan.page_limit} pages, got {got}"
         )
+    options = check_scores(softmax_scale, softcap, sinks, num_q_heads, head_dim, q.device)
+    return run_tree_attention(q, k_cache, v_cache, plan, *options, backend_name)
+
+
+def check_scores(
+    softmax_scale: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    num_q_heads: int,
+    head_dim: int,
+    device: torch.device,
+) -> tuple[float, float, torch.Tensor | None]:
+    """`tree_attention`'s options as the op takes them: the scale, the cap or 0, the sinks.
+
+    Raises:
+        ValueError, TypeError: one is off.
+    """
     if sinks is not None:
-        checks.tensor("sinks", sinks, shape=(num_q_heads,), dtype=torch.float32, device=q.device)
+        checks.tensor("sinks", sinks, shape=(num_q_heads,), dtype=torch.float32, device=device)
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
-    cap = 0.0 if softcap is None else float(softcap)
-    if cap < 0 or (softcap is not None and cap == 0) or not math.isfinite(cap):
+    if softcap is None:
+        return scale, 0.0, sinks
+    cap = float(softcap)
+    if not 0 < cap < math.inf:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
-    if backend_name == "reference":
+    return scale, cap, sinks
+
+
+def run_tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    cap: float,
+    sinks: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tree_attention` of arguments that are checked, on a backend that is resolved."""
+    if backend == "reference":
         from fork_attn.reference import tree_attention_reference
 
         return tree_attention_reference(

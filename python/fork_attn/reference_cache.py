@@ -161,12 +161,14 @@ class DeepCopyCache:
         """The union; the children are freed."""
         new = self.added(branch, children)
         b = self.branches[branch]
-        if position == "max":
-            position = max(self.position(c) for c in [branch, *children])
-        elif position == "sum":
-            position = b.position + len(new)
+        if isinstance(position, int):
+            after = position
+        elif position == "max":
+            after = max(self.position(c) for c in [branch, *children])
+        else:
+            after = b.position + len(new)
         b.tokens = [*b.tokens, *new]
-        b.position = position
+        b.position = after
         self.free(children)
 
     def descendants(self, branch: int) -> list[int]:

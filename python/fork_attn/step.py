@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from fork_attn.checks import integer
 from fork_attn.errors import StalePlan
 from fork_attn.plan import Plan, PlanShape, build_plan
 
@@ -69,6 +70,7 @@ class Step:
     def __init__(self, cache: ForkedKVCache, branches: tuple[Branch, ...], num_tokens: int) -> None:
         n = len(branches)
         self._cache = cache
+        self._num_moved = 0  # accepted draft tokens that lie where commit wants them
         self._plans: dict[tuple[int | None, PlanShape], Plan] = {}
         self.branches = branches
         self.num_tokens = num_tokens
@@ -161,7 +163,7 @@ class Step:
             row = self.branches.index(branch)
         else:
             raise ValueError(f"branch: expected one of this step's, got {branch!r}")
-        core.accept(row, [operator.index(token) for token in path])
+        core.accept(row, [integer("path", token, low=-(2**31)) for token in path])
 
     def commit(self) -> None:
         """Makes the new tokens part of their branches' contexts.
@@ -171,9 +173,14 @@ class Step:
         """
         self._require_open("commit")
         core = self._cache._core
-        moves = core.step_moves()
+        moves = core.step_moves()[self._num_moved :]  # a second try must not move them again
         if moves:
-            self._cache._storage.move_slots(moves)
+            core.enter()  # not while another thread attends
+            try:
+                self._cache._storage.move_slots(moves)
+            finally:
+                core.leave()
+            self._num_moved += len(moves)
         core.commit_step()
         self.state = "committed"
 

@@ -136,7 +136,8 @@ class KVStorage:
 
 def paged_argument(cache: torch.Tensor) -> tuple[int, int, int, int]:
     """A paged tensor as the kernels take it: pointer, and strides of page, slot and head."""
-    return (cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2))
+    page, slot, head, _ = cache.stride()
+    return (cache.data_ptr(), page, slot, head)
 
 
 def _page_shape(cache: torch.Tensor) -> tuple[int, int, int, int]:

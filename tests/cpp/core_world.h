@@ -202,10 +202,38 @@ class World {
     EXPECT(last_error->needed <= most);
   }
 
+  // Under kSeal nothing is copied, and a row goes on in its tail's page exactly if its context ends
+  // where that segment does, its position follows, and no row before it went on there.
+  void check_places(const std::vector<RowPlan>& rows) {
+    EXPECT(core.step().copies.empty());
+    std::map<uint64_t, int32_t> ends;  // of each segment
+    std::vector<ContextPart> parts;
+    for (const auto& [h, b] : model.branches) {
+      core.context(h, parts);
+      for (const ContextPart& p : parts) ends[p.segment] = std::max(ends[p.segment], p.hi);
+    }
+    std::size_t row = 0;
+    for (const RowPlan& r : rows) {
+      const ModelBranch& b = model.branches.at(r.branch);
+      const int64_t slot = core.step().slot_mapping[row];
+      row += static_cast<std::size_t>(r.num_tokens);
+      core.context(r.branch, parts);
+      core.slots(r.branch, slots_);
+      const bool open = !parts.empty() && ends[parts.back().segment] == parts.back().hi &&
+                        b.position == b.end_position();
+      if (open && (slots_.back() + 1) % core.page_size() != 0) {
+        EXPECT_EQ(slot, slots_.back() + 1);
+        ends[parts.back().segment] = -1;
+      } else {
+        EXPECT_EQ(slot % core.page_size(), 0);
+      }
+    }
+  }
+
   void check_open_step(const std::vector<RowPlan>& rows) {
     core.check();
     const Step& step = core.step();
-    EXPECT(core.tail() == TailPolicy::kCopy || step.copies.empty());
+    if (core.tail() == TailPolicy::kSeal) check_places(rows);
     std::set<int64_t> taken;
     for (const auto& [h, b] : model.branches) {
       core.slots(h, slots_);
@@ -239,7 +267,7 @@ class World {
       if (!r.draft) {
         for (int64_t t = 0; t < r.num_tokens; ++t) ids.push_back(id + t);
       } else if (r.path) {
-        core.accept(static_cast<int64_t>(i), *r.path);
+        accept(static_cast<int64_t>(i), *r.path);
         for (const int32_t t : *r.path) ids.push_back(id + t);
       }
       kept.push_back(ids);
@@ -254,6 +282,7 @@ class World {
     for (std::size_t i = 0; i < rows.size(); ++i) model.append(rows[i].branch, kept[i]);
   }
 
+  virtual void accept(int64_t row, const std::vector<int32_t>& path) { core.accept(row, path); }
   virtual void commit() { core.commit_step(); }
 
   uint64_t next_id_ = 0;

@@ -53,7 +53,10 @@ class FailingWorld : public World {
     }
   }
 
-  // Reserving is over when a step is open: closing it must not allocate.
+  // Reserving is over when a step is open: what follows must not allocate.
+  void accept(int64_t row, const std::vector<int32_t>& path) override {
+    EXPECT(run(0, [&] { core.accept(row, path); }));
+  }
   void commit() override {
     EXPECT(run(0, [&] { core.commit_step(); }));
   }
@@ -120,6 +123,27 @@ void scripted(TailPolicy tail, std::map<std::string, int64_t>& failures) {
   for (const auto& [verb, count] : w.failures) failures[verb] += count;
 }
 
+// Steps in which every row needs all that a row can need: two links, a segment, a copy, moves. The
+// counts vary so that some meet a pool whose capacity is used up.
+void wide_steps() {
+  for (int64_t n = 1; n <= 70; ++n) {
+    FailingWorld w(400, 3, TailPolicy::kCopy);
+    const Handle root = w.core.new_branch();
+    w.model.new_branch(root);
+    w.step({{root, 8}}, true, [] {});
+    std::vector<RowPlan> rows;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t length = i % 3 == 0 ? 5 : 8;
+      const Handle at = w.core.fork_at(root, length);
+      w.model.fork_at(root, at, length);
+      rows.push_back({at, 4, true, {-1, -1, 1, 2}, std::vector<int32_t>{1, 2, 3}});
+    }
+    w.step(rows, true, [] {});
+    w.compare();
+    drain(w);
+  }
+}
+
 void random_walk(uint64_t seed, int64_t operations, std::map<std::string, int64_t>& failures) {
   for (int64_t episode = 0; episode * 200 < operations; ++episode) {
     std::mt19937_64 rng(seed + static_cast<uint64_t>(episode));
@@ -148,6 +172,7 @@ int main(int argc, char** argv) {
   context_of_failure() = "the script";
   scripted(TailPolicy::kSeal, failures);
   scripted(TailPolicy::kCopy, failures);
+  wide_steps();
   for (const char* verb :
        {"new_branch", "fork", "fork_at", "excise", "reorder", "join", "select", "step"}) {
     if (failures[verb] == 0) die(__FILE__, __LINE__, std::string(verb) + ": no allocation failed");

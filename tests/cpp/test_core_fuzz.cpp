@@ -48,12 +48,37 @@ void run_episode(uint64_t seed, int64_t episode, Totals& totals) {
   totals.deepest = std::max(totals.deepest, walk.deepest);
 }
 
+// Chains stay short: what continues is one link, and copies of a tail share the link before it.
+void check_chain_lengths() {
+  for (const TailPolicy tail : {TailPolicy::kSeal, TailPolicy::kCopy}) {
+    context_of_failure() = "chain lengths";
+    World w(40, 4, tail);
+    const Handle root = w.core.new_branch();
+    w.model.new_branch(root);
+    const auto step = [&](Handle h) { EXPECT(w.step({{h, 1}}, true, [] {})); };
+    for (int i = 0; i < 50; ++i) step(root);
+    EXPECT_EQ(w.core.stats().links, 1);
+    const std::vector<Handle> kids = w.core.fork(root, 4);
+    for (const Handle kid : kids) w.model.fork(root, kid);
+    for (const Handle kid : kids) step(kid);
+    w.compare();
+    // seal: the prefix and one link each; copy: the last page's link on top of that.
+    EXPECT_EQ(w.core.stats().links, tail == TailPolicy::kSeal ? 5 : 6);
+    w.core.free(std::vector<Handle>(kids.begin(), kids.end()));
+    for (const Handle kid : kids) w.model.free(kid);
+    for (int i = 0; i < 5; ++i) step(root);
+    w.compare();
+    EXPECT_EQ(w.core.stats().links, 1);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const uint64_t seed =
       argc > 1 ? std::strtoull(argv[1], nullptr, 10) : uint64_t{std::random_device()()};
   const int64_t operations = argc > 2 ? std::strtoll(argv[2], nullptr, 10) : 200'000;
+  check_chain_lengths();
   Totals totals;
   for (int64_t e = 0; totals.operations < operations; ++e) run_episode(seed, e, totals);
   const double share =
