@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ import fork_attn as fa
 
 PAGE_SIZE = 16
 SUFFIX = 64
+COLD_BYTES = 128 << 20
+"""Of K and V that a way reads before it comes back to the same: more than the caches hold."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class Case:
         return 2 * slots * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
+    def layers(self) -> int:
+        """Layers that calls go through in turn, so that each finds its K and V in memory, as in a
+        model, and its code in the caches."""
+        return -(-COLD_BYTES // self.unique_bytes)
+
+    @property
     def flops(self) -> int:
         """Of the two products."""
         return 4 * self.branches * (self.prefix + SUFFIX) * self.q_heads * self.head_dim
@@ -79,7 +87,6 @@ class Inputs:
         own = (case.branches, SUFFIX, *heads)
         self.suffix = (normal(*own), normal(*own))
 
-    @cached_property
     def copied(self) -> tuple[Tensor, Tensor]:
         """K and V gathered per branch, (n, kv_heads, P + SUFFIX, head_dim): the prefix n times."""
         n = self.case.branches
@@ -116,7 +123,7 @@ class Forked:
         pages = case.prefix // PAGE_SIZE + case.branches * (SUFFIX // PAGE_SIZE) + 1
         self.inputs = inputs
         self.cache = fa.ForkedKVCache(
-            num_layers=1,
+            num_layers=case.layers,
             num_pages=pages,
             num_q_heads=case.q_heads,
             num_kv_heads=case.kv_heads,
@@ -135,8 +142,10 @@ class Forked:
         step = self.cache.step(self.tokens)
         self.plan = step.plan
         k, v = self.new_kv
-        self.cache.attend(0, inputs.q, k, v, step)
+        for layer in range(case.layers):
+            self.cache.attend(layer, inputs.q, *self.new_kv, step)
         step.rollback()  # the slots keep what was written
+        self._turn = itertools.cycle(range(case.layers))
 
     def _scatter(self, pages: int) -> None:
         fillers = [self.cache.new_branch() for _ in range(pages)]
@@ -146,18 +155,19 @@ class Forked:
 
     def _store(self, tokens: dict[fa.Branch, int | fa.Draft], k: Tensor, v: Tensor) -> None:
         with self.cache.step(tokens) as step:
-            k_cache, v_cache = self.cache.layer(0)
-            torch.ops.fork_attn.store_kv(k, v, k_cache, v_cache, step.slot_mapping)
+            for layer in range(self.cache.num_layers):
+                caches = self.cache.layer(layer)
+                torch.ops.fork_attn.store_kv(k, v, *caches, step.slot_mapping)
 
     def attend(self) -> Tensor:
         """The attention alone, with a plan that lies ready."""
-        return fa.tree_attention(self.inputs.q, *self.cache.layer(0), self.plan)[0]
+        return fa.tree_attention(self.inputs.q, *self.cache.layer(next(self._turn)), self.plan)[0]
 
     def whole_step(self) -> Tensor:
         """Step, plan, store of the new K and V, attention: what a model of one layer would pay."""
         step = self.cache.step(self.tokens)
         k, v = self.new_kv
-        out = self.cache.attend(0, self.inputs.q, k, v, step)
+        out = self.cache.attend(next(self._turn), self.inputs.q, k, v, step)
         step.rollback()
         return out
 
@@ -168,9 +178,10 @@ def rivals(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
     case = inputs.case
     heads = (case.branches, case.kv_heads, case.group, case.head_dim)
     q = inputs.q.view(heads)
-    copied_k, copied_v = inputs.copied
+    turn = itertools.cycle([inputs.copied() for _ in range(case.layers)])
 
     def sdpa_per_branch() -> Tensor:
+        copied_k, copied_v = next(turn)
         out = torch.empty_like(q)
         for i in range(case.branches):
             one = slice(i, i + 1)
@@ -178,7 +189,7 @@ def rivals(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
         return out.view(inputs.q.shape)
 
     def sdpa_batched() -> Tensor:
-        return scaled_dot_product_attention(q, copied_k, copied_v).view(inputs.q.shape)
+        return scaled_dot_product_attention(q, *next(turn)).view(inputs.q.shape)
 
     return {
         "sdpa_per_branch": sdpa_per_branch,
@@ -194,15 +205,25 @@ class GroupedMatmul:
     def __init__(self, inputs: Inputs) -> None:
         self.case = inputs.case
         self.q = inputs.q
-        self.far = [x.transpose(0, 1).contiguous() for x in inputs.prefix]
-        self.near = [x.transpose(1, 2).contiguous() for x in inputs.suffix]
+        self._turn = itertools.cycle([self._gather(inputs) for _ in range(self.case.layers)])
+
+    @staticmethod
+    def _gather(inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+        far = [
+            x.transpose(0, 1).clone(memory_format=torch.contiguous_format) for x in inputs.prefix
+        ]
+        near = [
+            x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in inputs.suffix
+        ]
+        return far, near
 
     def __call__(self) -> Tensor:
         c = self.case
         q = self.q.view(c.branches, c.kv_heads, c.group, c.head_dim)
         by_head = q.transpose(0, 1).reshape(c.kv_heads, c.rows, c.head_dim)
-        far, far_lse = _attend(by_head, *self.far)
-        near, near_lse = _attend(q, *self.near)
+        far_kv, near_kv = next(self._turn)
+        far, far_lse = _attend(by_head, *far_kv)
+        near, near_lse = _attend(q, *near_kv)
         far = far.view(c.kv_heads, c.branches, c.group, c.head_dim).transpose(0, 1)
         far_lse = far_lse.view(c.kv_heads, c.branches, c.group, 1).transpose(0, 1)
         weight = torch.sigmoid(far_lse - near_lse)

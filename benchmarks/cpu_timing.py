@@ -7,10 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
-FLUSH_BYTES = 96 << 20
-
 
 @dataclass(frozen=True)
 class Times:
@@ -42,28 +38,23 @@ class Timer:
     Attributes:
         seconds: for all calls together; rounds end when they are spent.
         min_rounds, max_rounds: whatever the seconds say.
-        cold: other data goes through the caches before each call, as a model's weights and other
-            layers do; else a call finds what the one before it left there.
     """
 
     seconds: float
     min_rounds: int = 5
     max_rounds: int = 200
-    cold: bool = False
 
     def measure(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
         """Runs all calls in turn, round after round, so that a drift of clocks or another
         program's load meets all of them alike; the first round only warms up."""
         for call in calls.values():
             call()
-        flush = torch.zeros(FLUSH_BYTES // 4 if self.cold else 0)
         taken: dict[str, list[float]] = {name: [] for name in calls}
         end = time.perf_counter() + self.seconds
         for done in range(self.max_rounds):
             if done >= self.min_rounds and time.perf_counter() > end:
                 break
             for name, call in calls.items():
-                flush.add_(1.0)
                 start = time.perf_counter()
                 call()
                 taken[name].append(time.perf_counter() - start)

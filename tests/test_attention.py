@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from cache_pair import CachePair, Model
+from cache_pair import CachePair
+from kv_table import Model
 
 from fork_attn import Branch, Draft
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cache_pair import CachePair, Model
+from cache_pair import CachePair
+from kv_table import Model
 
 from fork_attn import (
     Branch,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
-from cache_pair import CachePair, Model
+from cache_pair import CachePair
+from kv_table import Model
 
 from fork_attn import Branch
 

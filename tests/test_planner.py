@@ -188,7 +188,7 @@ def check_structure(plan: Plan) -> None:
             assert run.num_slots >= 1 and 0 <= run.first_slot < h.page_size
             last = run.page_begin + (run.first_slot + run.num_slots - 1) // h.page_size
             assert 0 <= run.page_begin <= last < h.num_pages
-            assert 0 <= int(s.pages[run.page_begin : last + 1].min())
+            assert int(s.pages[run.page_begin : last + 1].min()) >= 0
     check_merges(h, s)
     check_spans(plan, s)
 

@@ -157,9 +157,7 @@ def kept_cost(
     return sum(costs.item(b, slots, partial=True) for b in blocks if b)
 
 
-def best_packs(
-    leaves: list[tuple[Node, tuple[Node, ...]]], kept: set[int], costs: Costs
-) -> float:
+def best_packs(leaves: list[tuple[Node, tuple[Node, ...]]], kept: set[int], costs: Costs) -> float:
     best = [0.0]
     for end in range(1, len(leaves) + 1):
         options = []
@@ -220,9 +218,7 @@ def test_block_choice_is_within_3_percent_of_the_best(
 def siblings(costs: Costs, above: int, slots: int, families: int) -> list[Node]:
     """Families of 3 leaves too big to share a block, each below an ancestor of `slots` slots."""
     new = costs.max_tokens // 2 + 1
-    family = [
-        Node(slots, children=[Node(50_000, new) for _ in range(3)]) for _ in range(families)
-    ]
+    family = [Node(slots, children=[Node(50_000, new) for _ in range(3)]) for _ in range(families)]
     return family if families == 1 else [Node(above, children=family)]
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import ClassVar, Literal
 
 import pytest
-from cache_pair import CachePair, KVTable, Model
+from cache_pair import CachePair
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -19,12 +19,13 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from kv_table import KVTable, Model
 
 from fork_attn import Branch, Draft, DuplicateBranch, OutOfPages, StaleBranch, StepOpen
 
 OPERATIONS = {1: 3000, 3: 3000, 16: 3000, 64: 1000}  # by page size, under each tail policy
 STEPS_PER_EXAMPLE = 50
-MOST_PAGES = {64: 12}  # else 40
+MOST_PAGES = {16: 24, 64: 10}  # else 40
 CASES = [(tail, size) for size in OPERATIONS for tail in ("seal", "copy")]
 MOST_BRANCHES = 24
 
@@ -33,7 +34,9 @@ which = st.integers(0, 1000)  # a branch, taken modulo the number of live ones
 some = st.lists(which, min_size=1, max_size=4)
 fraction = st.integers(0, 24)  # of a length, in 24ths
 mostly = st.sampled_from([24, 23, 23, 22, 20, 12, 0])  # of a length, to keep
-amount = st.sampled_from([0, 0, 1, 1, 2, 2, 3, 4, 8, 9])  # of the free slots, in 8ths; 9: a page too many
+amount = st.sampled_from(
+    [0, 0, 1, 1, 2, 2, 3, 4, 8, 9]
+)  # of the free slots, in 8ths; 9: a page too many
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -48,7 +51,6 @@ class CacheMachine(RuleBasedStateMachine):
             Model(), num_pages=num_pages, page_size=self.page_size, tail=self.tail, table=TABLE
         )
         self.freed: Branch | None = None
-        self.shortages = 0
         self.pair.new_branch()
 
     def live(self, i: int) -> Branch:
@@ -85,10 +87,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.pair.step(tokens, accept, attend=attend)
         except OutOfPages:
             self.counts["out of pages"] += 1
-            self.shortages += 1
-            if self.shortages % 2 == 0:  # else most pools would stay full
-                self.pair.check()
-                self.pair.free(*list(self.pair.ids)[1::2])
+            self.pair.check()
+            self.pair.free(*list(self.pair.ids)[1::2])  # else most pools would stay full
 
     @invariant()
     def equals_the_oracle(self) -> None:
@@ -328,4 +328,4 @@ def test_random_operations_equal_the_oracle(
     share = counts["out of pages"] / counts["allocating"]
     for name, value in (*counts.items(), ("share", share)):
         record_property(name, value)
-    assert 0.03 < share < 0.6, f"{dict(counts)}: the pools are too large or too small"
+    assert 0.02 < share < 0.7, f"{dict(counts)}: the pools are too large or too small"

@@ -7,7 +7,8 @@ from typing import Literal
 
 import pytest
 import torch
-from cache_pair import CachePair, Model
+from cache_pair import CachePair
+from kv_table import Model
 
 from fork_attn import Branch, Draft, OutOfPages, StalePlan
 

@@ -130,7 +130,6 @@ void ContextStore::reclaim(Index segment, int32_t lo, int32_t hi) noexcept {
     truncate(s, 0);
     constexpr std::size_t kKeepCapacity = 64;
     if (s.pages.capacity() > kKeepCapacity) std::vector<int32_t>().swap(s.pages);
-    s.origins.clear();
     segments.give(segment);
     return;
   }

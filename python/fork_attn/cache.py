@@ -159,6 +159,8 @@ class ForkedKVCache:
             StaleBranch, ForeignBranch, StepOpen: what their names say.
         """
         core = self._verb()
+        if isinstance(tokens, Mapping):
+            tokens = dict(tokens)  # one reading: its order is the order of rows
         num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
         try:
             step = Step(self, tuple(tokens), num_tokens)

@@ -1,4 +1,4 @@
-"""The command `fork-attn`: `info` says what is installed, `demo` forks and joins a real model."""
+"""The command `fork-attn`: what is installed, a model that forks and joins, plans of trees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fork_attn
-from fork_attn import _C, _env, demo, ops
+from fork_attn import _C, _env, demo, ops, plan_command
 
 _PACKAGES = ("torch", "triton", "transformers", "flash-attn", "numpy")
 
@@ -55,6 +55,14 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     demo.add_arguments(run_demo)
     run_demo.set_defaults(run=demo.run)
+
+    plan = commands.add_parser(
+        "plan",
+        help="what a decode step over a tree of contexts reads, and how evenly",
+        description="Plans one decode step over a tree of contexts; needs no KV and no GPU.",
+    )
+    plan_command.add_arguments(plan)
+    plan.set_defaults(run=plan_command.run)
     return parser
 
 
