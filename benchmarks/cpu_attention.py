@@ -57,7 +57,7 @@ def run_case(case: Case, timer: Timer, bandwidth: float, rate: float) -> dict[st
         "fork_attn_step": forked.whole_step,
     }
     absent: dict[str, str] = {}
-    if case.layers * case.copied_bytes * 2 < available_bytes():
+    if case.layers * case.copied_bytes * 1.3 < available_bytes():
         calls |= rivals(inputs)
     else:
         absent["rivals"] = f"{case.layers} copies of {case.copied_bytes} bytes do not fit in memory"

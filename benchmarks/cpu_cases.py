@@ -142,8 +142,9 @@ class Forked:
         step = self.cache.step(self.tokens)
         self.plan = step.plan
         k, v = self.new_kv
+        k, v = self.new_kv
         for layer in range(case.layers):
-            self.cache.attend(layer, inputs.q, *self.new_kv, step)
+            self.cache.attend(layer, inputs.q, k, v, step)
         step.rollback()  # the slots keep what was written
         self._turn = itertools.cycle(range(case.layers))
 

@@ -1,4 +1,4 @@
-"""What plans read, partial by partial: the suite's shapes on sm_90, as CSV and as docs/plan.md's table.
+"""The accounting of plans for the suite's shapes on sm_90: a CSV, and the table of docs/plan.md.
 
 Exact counts and predicted times; nothing is measured, and no GPU is needed.
 """

@@ -104,8 +104,9 @@ def test_text(
     assert re.search(r"target +sm_90, 7 workers", out)
     assert re.search(r"balance +max / mean 1\.\d+ over 7 workers", out)
     assert re.search(
-        r"2 x 32 of branches 0 to 63 +level 0: 1024 slots of 1 node, level 1: 512 slots of 2 nodes, "
-        r"level 2: 1024 slots of 8 nodes, level 3: 1056 slots of 32 nodes",
+        r"2 x 32 of branches 0 to 63 +level 0: 1024 slots of 1 node, "
+        r"level 1: 512 slots of 2 nodes, level 2: 1024 slots of 8 nodes, "
+        r"level 3: 1056 slots of 32 nodes",
         out,
     )
 

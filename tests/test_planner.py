@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -259,7 +260,7 @@ def test_spans_cost_what_the_table_says(target: str) -> None:
         slots = int(s.runs[run_begin:run_end, 4].sum())
         ns.append(t["item_ns"] + slots * max(compute, 512 / t["bytes_per_ns"]))
     bounds = s.spans.tolist()
-    expected = [sum(ns[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    expected = [sum(ns[a:b]) for a, b in pairwise(bounds)]
     assert plan.span_ns == pytest.approx(expected)
 
 
@@ -306,7 +307,7 @@ class TestBadInput:
         return fa.ForkedKVCache(**options)  # type: ignore[arg-type]
 
     def test_workers(self, cache: fa.ForkedKVCache) -> None:
-        with pytest.raises(ValueError, match="num_workers: expected 1 to .*, got 0"):
+        with pytest.raises(ValueError, match=r"num_workers: expected 1 to .*, got 0"):
             self.make(num_workers=0)
         with (
             cache.step({cache.new_branch(): 1}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def cuts(count: int) -> Iterator[list[range]]:
     """All ways to cut 0..count-1 into consecutive ranges."""
     for marks in product((False, True), repeat=count - 1):
         bounds = [0, *(i + 1 for i, cut in enumerate(marks) if cut), count]
-        yield [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        yield [range(a, b) for a, b in pairwise(bounds)]
 
 
 def read_from(above: tuple[Node, ...], kept: set[int]) -> tuple[tuple[Node, ...], bool]:

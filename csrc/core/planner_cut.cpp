@@ -8,8 +8,6 @@ namespace fork_attn {
 
 namespace {
 
-constexpr int64_t kLeastTiles = 1;  // of a piece that an item is cut into
-
 // Takes an item's slots from the front, cutting runs where need be.
 struct RunCursor {
   const PlanRun* run;
@@ -72,7 +70,7 @@ int64_t Planner::piece_slots(int64_t left, double room, double ns_per_slot, bool
   const double slots = (room - request_.target->item_ns) / ns_per_slot;
   if (static_cast<double>(left) <= slots) return left;
   const double tiles = std::floor(std::max(slots, 0.0) / tile);
-  if (tiles < kLeastTiles) return first ? std::min<int64_t>(left, kLeastTiles * tile) : 0;
+  if (tiles < 1) return first ? std::min(left, static_cast<int64_t>(tile)) : 0;
   return static_cast<int64_t>(tiles * tile);
 }
 

@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
 def _print(figures: dict[str, Any]) -> None:
     summary, blocks = _summary(figures), _block_lines(figures["blocks"])
     try:
-        from rich.console import Console  # noqa: PLC0415
-        from rich.table import Table  # noqa: PLC0415
+        from rich.console import Console
+        from rich.table import Table
     except ImportError:
         for name, value in summary:
             print(f"{name:<16}{value}")

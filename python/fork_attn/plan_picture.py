@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from fork_attn.plan_format import sections
@@ -35,7 +37,7 @@ def picture(tree: TreePlan, title: str) -> str:
     ]
     scale = _WIDTH / num_slots
     spans = parts.spans.tolist()
-    for span, (begin, end) in enumerate(zip(spans, spans[1:], strict=False)):
+    for span, (begin, end) in enumerate(pairwise(spans)):
         bars = []
         for item in range(begin, end):
             y = _TOP + int(parts.items[item, 0]) * row

@@ -228,9 +228,7 @@ def _blocks(tree: TreePlan) -> list[dict[str, Any]]:
         for level in range(len(tree.shape.nodes)):
             nodes = tree.node[at[tree.level[at] == level]]
             if len(nodes):
-                reads.append(
-                    {"level": level, "nodes": len(nodes.unique()), "slots": int(len(nodes))}
-                )
+                reads.append({"level": level, "nodes": len(nodes.unique()), "slots": len(nodes)})
         entry = {"queries": count, "first": int(rows.min()), "last": int(rows.max())}
         found.append({**entry, "items": len(pieces), "reads": reads})
     return found
