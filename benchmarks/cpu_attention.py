@@ -118,7 +118,7 @@ def measure(quick: bool, seconds: float) -> dict[str, Any]:
     for i, case in enumerate(todo):
         key = (case.kv_heads, case.rows, case.head_dim)
         if key not in rates:
-            rates[key] = matmul_rate(Timer(0.2, min_rounds=20), *key)
+            rates[key] = matmul_rate(Timer(1.0, min_rounds=50), *key)
         rows.append(run_case(case, timer, bandwidth, rates[key]))
         print(f"[{i + 1:2}/{len(todo)}] {line(rows[-1])}", flush=True)
         gc.collect()

@@ -142,7 +142,6 @@ class Forked:
         step = self.cache.step(self.tokens)
         self.plan = step.plan
         k, v = self.new_kv
-        k, v = self.new_kv
         for layer in range(case.layers):
             self.cache.attend(layer, inputs.q, k, v, step)
         step.rollback()  # the slots keep what was written

@@ -42,7 +42,7 @@ class Timer:
 
     seconds: float
     min_rounds: int = 5
-    max_rounds: int = 200
+    max_rounds: int = 500
 
     def measure(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
         """Runs all calls in turn, round after round, so that a drift of clocks or another

@@ -5,29 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
-from cache_pair import CachePair
-from kv_table import Model
-
-from fork_attn import Branch
-
-Tail = Literal["seal", "copy"]
-TAILS: tuple[Tail, ...] = ("seal", "copy")
-BYTES = Model(num_q_heads=1, num_kv_heads=1, head_dim=2, windows=(None,))
-
-
-def make(tail: Tail = "seal", page_size: int = 4, num_pages: int = 64) -> CachePair:
-    return CachePair(BYTES, num_pages=num_pages, page_size=page_size, tail=tail)
-
-
-def root_of(pair: CachePair, tokens: int) -> Branch:
-    root = pair.new_branch()
-    pair.step({root: tokens})
-    pair.check()
-    return root
-
-
-def live_pages(pair: CachePair) -> int:
-    return pair.cache.stats().pages_live
+from small_pair import TAILS, Tail, live_pages, make, root_of
 
 
 @pytest.mark.parametrize("tail", TAILS)

@@ -4,34 +4,13 @@ positions and page counts with the oracle."""
 from __future__ import annotations
 
 import gc
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-from cache_pair import CachePair
-from kv_table import Model
+from small_pair import TAILS, Tail, live_pages, make, root_of
 
-from fork_attn import Branch, ConcurrentUse, ForkedKVCache, OutOfPages
-
-Tail = Literal["seal", "copy"]
-TAILS: tuple[Tail, ...] = ("seal", "copy")
-BYTES = Model(num_q_heads=1, num_kv_heads=1, head_dim=2, windows=(None,))
-
-
-def make(tail: Tail = "seal", page_size: int = 4, num_pages: int = 64) -> CachePair:
-    return CachePair(BYTES, num_pages=num_pages, page_size=page_size, tail=tail)
-
-
-def root_of(pair: CachePair, tokens: int) -> Branch:
-    root = pair.new_branch()
-    pair.step({root: tokens})
-    pair.check()
-    return root
-
-
-def live_pages(pair: CachePair) -> int:
-    return pair.cache.stats().pages_live
-
+from fork_attn import ConcurrentUse, ForkedKVCache, OutOfPages
 
 # -- fork_at, crop, excise, position
 
