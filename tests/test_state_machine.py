@@ -25,7 +25,7 @@ from fork_attn import Branch, Draft, DuplicateBranch, OutOfPages, StaleBranch, S
 
 OPERATIONS = {1: 3000, 3: 3000, 16: 3000, 64: 1000}  # by page size, under each tail policy
 STEPS_PER_EXAMPLE = 50
-MOST_PAGES = {16: 24, 64: 10}  # else 40
+MOST_PAGES = {1: 40, 3: 20, 16: 20, 64: 10}
 CASES = [(tail, size) for size in OPERATIONS for tail in ("seal", "copy")]
 MOST_BRANCHES = 24
 
@@ -35,7 +35,7 @@ some = st.lists(which, min_size=1, max_size=4)
 fraction = st.integers(0, 24)  # of a length, in 24ths
 mostly = st.sampled_from([24, 23, 23, 22, 20, 12, 0])  # of a length, to keep
 amount = st.sampled_from(
-    [0, 0, 1, 1, 2, 2, 3, 4, 8, 9]
+    [0, 1, 1, 2, 3, 4, 8, 8, 9, 9]
 )  # of the free slots, in 8ths; 9: a page too many
 
 
@@ -46,7 +46,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def open_cache(self, data: st.DataObject) -> None:
-        num_pages = data.draw(st.integers(4, MOST_PAGES.get(self.page_size, 40)), "num_pages")
+        num_pages = data.draw(st.integers(4, MOST_PAGES[self.page_size]), "num_pages")
         self.pair = CachePair(
             Model(), num_pages=num_pages, page_size=self.page_size, tail=self.tail, table=TABLE
         )
@@ -315,7 +315,11 @@ def test_random_operations_equal_the_oracle(
     counts: Counter[str] = Counter()
     options = {"tail": tail, "page_size": page_size, "counts": counts}
     machine = type("Machine", (CacheMachine,), options)
-    while counts["operations"] < OPERATIONS[page_size]:
+    tight = 0.1  # Hypothesis favours some operations in each run: go on while too few hit the limit
+    wanted = OPERATIONS[page_size]
+    while counts["operations"] < wanted or (
+        counts["operations"] < 3 * wanted and counts["out of pages"] < tight * counts["allocating"]
+    ):
         run_state_machine_as_test(
             machine,
             settings=settings(
@@ -328,4 +332,4 @@ def test_random_operations_equal_the_oracle(
     share = counts["out of pages"] / counts["allocating"]
     for name, value in (*counts.items(), ("share", share)):
         record_property(name, value)
-    assert 0.02 < share < 0.7, f"{dict(counts)}: the pools are too large or too small"
+    assert 0.05 < share < 0.7, f"{dict(counts)}: the pools are too large or too small"
