@@ -36,7 +36,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 def cases(quick: bool) -> Iterator[Case]:
     prefixes, branches = ((1024, 4096), (1, 8)) if quick else (PREFIXES, BRANCHES)
-    for heads, dtype, prefix, n in itertools.product(HEADS, DTYPES, prefixes, branches):
+    for prefix, heads, dtype, n in itertools.product(prefixes, HEADS, DTYPES, branches):
         yield Case(prefix, n, *heads, dtype)
 
 
@@ -105,7 +105,8 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def measure(quick: bool, seconds: float) -> dict[str, Any]:
+def measure(quick: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -> None:
+    """Measures all cases, saving after each: what an interrupted run has done is not lost."""
     timer = Timer(seconds, min_rounds=7)
     result: dict[str, Any] = {"machine": machine(), "load_before": load_average()}
     stream = stream_bandwidth(Timer(2.0 if quick else 5.0))
@@ -113,18 +114,18 @@ def measure(quick: bool, seconds: float) -> dict[str, Any]:
     bandwidth = max(stream.values())
     print("stream:", ", ".join(f"{k} {v / 1e9:.1f} GB/s" for k, v in stream.items()), flush=True)
     rates: dict[tuple[int, int, int], float] = {}
-    rows = []
     todo = list(cases(quick))
+    rows: list[dict[str, Any]] = []
+    result |= {"cases_planned": len(todo), "cases": rows}
     for i, case in enumerate(todo):
         key = (case.kv_heads, case.rows, case.head_dim)
         if key not in rates:
             rates[key] = matmul_rate(Timer(1.0, min_rounds=50), *key)
         rows.append(run_case(case, timer, bandwidth, rates[key]))
         print(f"[{i + 1:2}/{len(todo)}] {line(rows[-1])}", flush=True)
+        result["load_after"] = load_average()
+        save(result)
         gc.collect()
-    result["load_after"] = load_average()
-    result["cases"] = rows
-    return result
 
 
 def main() -> None:
@@ -133,10 +134,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring for each case")
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
-    result = measure(args.quick, args.seconds)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    def save(result: dict[str, Any]) -> None:
+        if args.json is not None:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    measure(args.quick, args.seconds, save)
 
 
 if __name__ == "__main__":

@@ -106,9 +106,17 @@ def attention_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def attention(result: dict[str, Any]) -> str:
     stream = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in result["stream_bytes_per_s"].items())
-    lines = [conditions(result), f"Streams in GB/s: {stream}.", "", *attention_summary(result)]
-    by_kind = groupby(result["cases"], key=lambda r: (r["heads"], r["dtype"]))
-    for (heads, dtype), rows in by_kind:
+    lines = [
+        conditions(result),
+        f"{len(result['cases'])} of {result['cases_planned']} cases. Streams in GB/s: {stream}.",
+        "",
+        *attention_summary(result),
+    ]
+
+    def kind(row: dict[str, Any]) -> tuple[list[int], str]:
+        return row["heads"], row["dtype"]
+
+    for (heads, dtype), rows in groupby(sorted(result["cases"], key=kind, reverse=True), key=kind):
         lines += [
             "",
             "{}/{} heads of {}, ".format(*heads) + dtype,
