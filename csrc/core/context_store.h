@@ -77,7 +77,6 @@ class ContextStore {
   // Links of a context, oldest first.
   void chain(Index head, std::vector<Index>& out) const;
   uint64_t next_mark() const noexcept { return ++mark_; }
-  uint64_t next_uid() const noexcept { return next_uid_; }
   int32_t page_size() const noexcept { return page_size_; }
   int32_t num_page_slots(int64_t slots) const noexcept {
     return static_cast<int32_t>((slots + page_size_ - 1) / page_size_);

@@ -31,7 +31,6 @@ void Planner::reset(const CacheCore& core, const PlanRequest& request) {
   counts_ = {};
   const std::size_t num_rows = core.step().rows.size();
   const auto num_segments = static_cast<std::size_t>(core.store().segments.size());
-  order_of_row_.assign(num_rows, -1);
   source_of_row_.assign(num_rows, -1);
   row_of_segment_.assign(num_segments, -1);
   source_of_segment_.assign(num_segments, -1);

@@ -98,7 +98,6 @@ class Planner {
   PlanCounts counts_{};
   Groups groups_;
   std::vector<Token> all_tokens_;       // in the order of groups_
-  std::vector<int32_t> order_of_row_;   // inverse of groups_.order
   const Token* block_first_ = nullptr;  // the block being emitted
   int32_t block_count_ = 0;
   std::vector<int32_t> row_of_segment_;     // the row that writes on in it, -1: none

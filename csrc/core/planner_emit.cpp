@@ -18,9 +18,7 @@ uint64_t bits(int32_t first, int32_t count) {
 
 void Planner::lay_out_tokens() {
   all_tokens_.clear();
-  for (std::size_t i = 0; i < groups_.order.size(); ++i) {
-    const int32_t row = groups_.order[i];
-    order_of_row_[row] = static_cast<int32_t>(i);
+  for (const int32_t row : groups_.order) {
     for (int32_t t = 0; t < core_->step().rows[row].num_tokens; ++t)
       all_tokens_.push_back({row, t});
   }
