@@ -6,8 +6,13 @@
 // are plain integers, so a kernel reads them in place.
 //
 // * blocks[num_blocks], PlanBlock: at most 64 query tokens that work items serve together
-// * tokens[num_block_tokens], int32: query row of each token of each block
-// * positions[num_block_tokens], int32: position of that query row, for sliding windows
+// * tokens[num_block_tokens], int32: row of the step, and so of the output, of each token of each
+//   block
+// * q_rows[num_block_tokens], int32: row of the query tensor that the token reads: its own, or
+//   num_tokens + i, the copy that rotation i makes. A plan without rotations shares the section
+//   `tokens`
+// * rotations[num_rotations], PlanRotation: queries that see some slots at a shifted position
+// * positions[num_block_tokens], int32: position of that query, shift taken off, for sliding windows
 // * items[num_items], PlanItem: a row block and consecutive runs
 // * runs[num_runs], PlanRun: slots, and which of the block's tokens see them
 // * pages[num_pages], int32: physical pages; a run indexes into this list
@@ -27,7 +32,7 @@
 namespace fork_attn {
 
 constexpr int32_t kPlanMagic = 0x4641504c;  // "FAPL"
-constexpr int32_t kPlanVersion = 1;
+constexpr int32_t kPlanVersion = 2;
 constexpr int kMaxBlockTokens = 64;  // one bit of a visibility word each
 
 struct PlanHeader {
@@ -59,9 +64,19 @@ struct PlanHeader {
   int32_t off_merge_rows;
   int32_t num_spans;
   int32_t off_spans;
-  int32_t reserved[4];
+  int32_t off_q_rows;
+  int32_t num_rotations;
+  int32_t off_rotations;
+  int32_t reserved[17];
 };
-static_assert(sizeof(PlanHeader) == 128);
+static_assert(sizeof(PlanHeader) == 192);
+
+// Query row num_tokens + i is query row `row` moved back by `shift` positions: keys that it meets
+// stand `shift` positions later in its context than where they were written.
+struct PlanRotation {
+  int32_t row;
+  int32_t shift;
+};
 
 struct PlanBlock {
   int32_t token_begin;  // into tokens and positions

@@ -14,6 +14,7 @@ class PlanView {
   const PlanHeader& header() const { return *reinterpret_cast<const PlanHeader*>(words_); }
   const PlanBlock* blocks() const { return section<PlanBlock>(header().off_blocks); }
   const int32_t* tokens() const { return section<int32_t>(header().off_tokens); }
+  const int32_t* q_rows() const { return section<int32_t>(header().off_q_rows); }
   const int32_t* positions() const { return section<int32_t>(header().off_positions); }
   const PlanItem* items() const { return section<PlanItem>(header().off_items); }
   const PlanRun* runs() const { return section<PlanRun>(header().off_runs); }

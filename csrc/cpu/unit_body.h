@@ -99,10 +99,10 @@ class UnitRunner {
   int query_head(int h) const { return kv_head_ * group_ + h; }
 
   void begin() {
-    const int32_t* tokens = plan_.tokens() + block_.token_begin;
+    const int32_t* q_rows = plan_.q_rows() + block_.token_begin;
     for (int t = 0; t < block_.num_tokens; ++t) {
       for (int h = 0; h < group_; ++h) {
-        const T* q = static_cast<const T*>(p_.q.data) + tokens[t] * p_.q.row_stride +
+        const T* q = static_cast<const T*>(p_.q.data) + q_rows[t] * p_.q.row_stride +
                      query_head(h) * p_.q.head_stride;
         widen_row(q, p_.head_dim, width_, q_ + (t * group_ + h) * width_);
       }

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 PLAN_MAGIC = 0x4641504C
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 MAX_BLOCK_TOKENS = 64
-HEADER_WORDS = 16
+HEADER_WORDS = 24
 
 # Bits of a run's kind.
 FULL = 0
@@ -52,13 +52,18 @@ class PlanHeader(NamedTuple):
     off_merge_rows: int
     num_spans: int
     off_spans: int
+    off_q_rows: int
+    num_rotations: int
+    off_rotations: int
 
 
 class PlanSections(NamedTuple):
     """The sections of a plan buffer, as views of it (`runs` and `run_masks` share memory)."""
 
     blocks: torch.Tensor  # (num_blocks, 2) int32: token_begin, num_tokens
-    tokens: torch.Tensor  # (num_block_tokens,) int32: query rows
+    tokens: torch.Tensor  # (num_block_tokens,) int32: rows of the step
+    q_rows: torch.Tensor  # (num_block_tokens,) int32: rows of the query tensor
+    rotations: torch.Tensor  # (num_rotations, 2) int32: row, shift
     positions: torch.Tensor  # (num_block_tokens,) int32
     items: torch.Tensor  # (num_items, 4) int32: block, run_begin, run_end, partial_begin
     runs: torch.Tensor  # (num_runs, 10) int32; columns from 2 on are the fields after the mask
@@ -121,6 +126,8 @@ def sections(buffer: torch.Tensor) -> PlanSections:
     return PlanSections(
         blocks=ints(h.off_blocks, 2 * h.num_blocks).view(h.num_blocks, 2),
         tokens=ints(h.off_tokens, h.num_block_tokens),
+        q_rows=ints(h.off_q_rows, h.num_block_tokens),
+        rotations=ints(h.off_rotations, 2 * h.num_rotations).view(h.num_rotations, 2),
         positions=ints(h.off_positions, h.num_block_tokens),
         items=ints(h.off_items, 4 * h.num_items).view(h.num_items, 4),
         runs=runs.view(torch.int32),

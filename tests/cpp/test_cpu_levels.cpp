@@ -84,7 +84,7 @@ std::vector<int64_t> serialise(const Lists& lists, const Dims& dims) {
   h.page_size = kPageSize;
   h.window = kWindow;
   h.off_blocks = append(buffer, std::vector<PlanBlock>{{0, dims.tokens}});
-  h.off_tokens = append(buffer, lists.tokens);
+  h.off_tokens = h.off_q_rows = append(buffer, lists.tokens);
   h.off_positions = append(buffer, lists.positions);
   h.off_items = append(buffer, std::vector<PlanItem>{{0, 0, kRuns, -1}});
   h.off_runs = append(buffer, lists.runs);

@@ -195,6 +195,9 @@ def _serialise(lists: _Lists, merge_lists: list[list[int]], sizes: dict[str, int
         num_words=len(lists.words),
         num_merge_rows=indptr[-1],
         num_spans=len(lists.items),
+        off_q_rows=offsets["off_tokens"],
+        num_rotations=0,
+        off_rotations=end,
         **sizes,
         **offsets,
     )
