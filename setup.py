@@ -17,9 +17,10 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# Triton kernels live outside python/ and are installed inside the package.
+# Triton kernels and the benchmark suite live outside python/ and are installed inside the package.
 PACKAGE_DIR = {
     "fork_attn": "python/fork_attn",
+    "fork_attn.bench": "benchmarks/suite",
     "fork_attn.kernels": "kernels/fork_attn_triton",
 }
 

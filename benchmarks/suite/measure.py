@@ -1,0 +1,320 @@
+"""Runs the suite: every way on every shape, checked against float64, then timed in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fork_attn.bench import (  # noqa: F401  the ways register themselves
+    way_flash,
+    way_flashinfer,
+    way_flex,
+    way_grouped,
+    way_ours,
+    way_torch,
+    way_xformers,
+)
+from fork_attn.bench.inputs import TOLERANCE, Inputs, Setting
+from fork_attn.bench.machine import Limits, clocks, load_average, machine
+from fork_attn.bench.shapes import CPU_HEADS, GPU_HEADS, PAGE_SIZES, SHAPES, Heads, Shape
+from fork_attn.bench.timing import Timer, graphed, in_turn
+from fork_attn.bench.way import WAYS, Absent, Way
+
+SCHEMA = 1
+COLD_BYTES = 128 << 20
+"""Of K and V that a way reads on a CPU before it comes back to the same layer: more than caches
+hold. A GPU's L2 is flushed instead."""
+STEP_LAYERS = {"cpu": 4, "cuda": 36}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape in one setting."""
+
+    shape: Shape
+    setting: Setting
+
+    @property
+    def id(self) -> str:
+        s = self.setting
+        dtype = next(name for name, t in DTYPES.items() if t == s.dtype)
+        return f"{self.shape.id} {s.heads} {dtype} page {s.page_size}"
+
+
+def cases(
+    device: torch.device,
+    quick: bool = False,
+    shapes: Iterable[str] | None = None,
+    heads: Iterable[Heads] | None = None,
+    dtypes: Iterable[str] | None = None,
+    page_sizes: Iterable[int] | None = None,
+) -> list[Case]:
+    """What is measured: on a CPU shapes that it does in a second or so, on a GPU all of them; what
+    is given replaces the default."""
+    gpu = device.type == "cuda"
+    chosen = list(shapes) if shapes is not None else None
+    for name in chosen or ():
+        if name not in SHAPES:
+            raise ValueError(f"shapes: expected of {', '.join(SHAPES)}, got {name!r}")
+    wanted = [SHAPES[name] for name in chosen] if chosen is not None else list(SHAPES.values())
+    if chosen is None and not gpu:
+        wanted = [s for s in wanted if s.cpu == "quick" or (s.cpu == "full" and not quick)]
+    if chosen is None and gpu and quick:
+        wanted = [s for s in wanted if s.id in ("S1", "S2", "S3", "S6", "N1", "N2", "N4", "U1")]
+    default = GPU_HEADS[:1] if gpu and quick else GPU_HEADS if gpu else CPU_HEADS[:1]
+    all_heads = list(heads) if heads is not None else list(default)
+    all_dtypes = list(dtypes) if dtypes is not None else ["bf16"] if gpu else ["bf16", "fp32"]
+    sizes = list(page_sizes) if page_sizes is not None else list(PAGE_SIZES if gpu else (16,))
+    return [
+        Case(shape, Setting(h, DTYPES[d], size, device))
+        for h in all_heads
+        for d in all_dtypes
+        for size in sizes
+        for shape in wanted
+    ]
+
+
+def build_ways(
+    inputs: Inputs, layers: int, kinds: Iterable[type[Way]]
+) -> tuple[dict[str, Way], dict[str, float], dict[str, str]]:
+    """The ways that run, the error of each, and why the others do not."""
+    ready: dict[str, Way] = {}
+    errors: dict[str, float] = {}
+    absent: dict[str, str] = {}
+    limit = TOLERANCE[inputs.setting.dtype]
+    for kind in kinds:
+        try:
+            kind.available(inputs)
+            way = kind(inputs)
+            way.build(layers)
+            way.plan()
+            error = inputs.error(way.output())
+        except Absent as reason:
+            absent[kind.name] = str(reason)
+            continue
+        except Exception as failure:
+            if kind.ours:
+                raise
+            # One rival's failure must not cost the others' numbers.
+            absent[kind.name] = f"failed: {type(failure).__name__}: {failure}".splitlines()[0]
+            continue
+        if not error <= limit:
+            if kind.ours:
+                raise RuntimeError(f"{kind.name} is wrong by {error:.2e}: nothing is measured")
+            absent[kind.name] = f"wrong by {error:.2e}, the bound is {limit:.0e}"
+            continue
+        ready[kind.name], errors[kind.name] = way, error
+    return ready, errors, absent
+
+
+def run_case(
+    case: Case, limits: Limits, seconds: float, only: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """One case's result, as plain JSON values.
+
+    Raises:
+        RuntimeError: fork-attn's own output is wrong.
+    """
+    forest, setting = case.shape.make(), case.setting
+    inputs = Inputs(forest, setting)
+    cpu = setting.device.type == "cpu"
+    layers = -(-COLD_BYTES // inputs.unique_bytes) if cpu else 1
+    kinds = [kind for name, kind in WAYS.items() if only is None or name in only]
+    ways, errors, absent = build_ways(inputs, layers, kinds)
+    timer = Timer(setting.device, seconds / 4)
+    try:
+        times = _times(ways, timer, layers)
+    finally:
+        for way in ways.values():
+            way.close()
+    return {
+        **_facts(case, inputs, limits),
+        "layers": layers,
+        "ways": {
+            name: {
+                "ours": way.ours,
+                "error": errors[name],
+                "held_bytes": way.held_bytes(),
+                **{what: asdict(found[name]) for what, found in times.items() if name in found},
+            }
+            for name, way in ways.items()
+        },
+        "absent": absent,
+    }
+
+
+def _times(ways: dict[str, Way], timer: Timer, layers: int) -> dict[str, Any]:
+    gpu = timer.device.type == "cuda"
+    calls = {name: in_turn(way.run, layers) for name, way in ways.items()}
+    warm = {name: (lambda way=way: way.run(0)) for name, way in ways.items()}
+    times = {"cold": timer.measure(calls, cold=True), "warm": timer.measure(warm)}
+    plans = {name: way.plan for name, way in ways.items() if way.has_plan}
+    times["plan"] = timer.host(plans) if plans else {}
+    if gpu:
+        graphs = {}
+        for name, call in warm.items():
+            with contextlib.suppress(Exception):  # not all can be captured; the rest is replayed
+                graphs[name] = graphed(call)
+        times["graph"] = timer.measure(graphs, cold=True) if graphs else {}
+    count = STEP_LAYERS[timer.device.type]
+    steps = {name: (lambda way=way: way.step(count, layers)) for name, way in ways.items()}
+    times["step"] = timer.host(steps)
+    return times
+
+
+def _facts(case: Case, inputs: Inputs, limits: Limits) -> dict[str, Any]:
+    forest, heads = inputs.forest, case.setting.heads
+    rows = max(1, round(forest.visible_pairs / forest.unique_slots)) * heads.group
+    rate = limits.rate(heads.kv, min(rows, 512), heads.dim)
+    bandwidth = max(limits.stream.values())
+    memory, compute = inputs.moved_bytes / bandwidth, inputs.flops / rate
+    return {
+        "id": case.id,
+        "shape": case.shape.id,
+        "family": case.shape.family,
+        "text": case.shape.text,
+        "heads": str(heads),
+        "dtype": str(case.setting.dtype).removeprefix("torch."),
+        "page_size": case.setting.page_size,
+        "branches": len(forest.queries),
+        "rows": forest.num_rows,
+        "reuse": forest.reuse,
+        "depth": _depth(forest.pieces),
+        "longest": max(forest.contexts),
+        "unique_bytes": inputs.unique_bytes,
+        "copied_bytes": forest.copied_slots * inputs.slot_bytes,
+        "moved_bytes": inputs.moved_bytes,
+        "flops": inputs.flops,
+        "limit_seconds": max(memory, compute),
+        "limit_by": "memory" if memory > compute else "compute",
+        "matmul_flops_per_s": rate,
+    }
+
+
+def _depth(pieces: Any) -> int:
+    depth: list[int] = []
+    for piece in pieces:
+        depth.append(depth[piece.parent] + 1 if piece.parent >= 0 else 1)
+    return max(depth, default=0)
+
+
+def run(
+    todo: list[Case],
+    device: torch.device,
+    seconds: float,
+    save: Callable[[dict[str, Any]], None],
+    show: Callable[[str], None],
+    only: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """Measures all cases, `seconds` of timing each, saving after each: what an interrupted run has
+    done is not lost."""
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "machine": machine(device),
+        "device": device.type,
+        "step_layers": STEP_LAYERS[device.type],
+        "load_before": load_average(),
+        "clocks_before": clocks(),
+        "cases_planned": len(todo),
+    }
+    limits = Limits(device, min(seconds, 2.0))
+    stream = ", ".join(f"{k} {v / 1e9:.1f} GB/s" for k, v in limits.stream.items())
+    show(f"stream: {stream}")
+    rows: list[dict[str, Any]] = []
+    begun = time.monotonic()
+    only = list(only) if only is not None else None
+    for index, case in enumerate(todo):
+        rows.append(run_case(case, limits, seconds, only))
+        done = index + 1
+        left = (time.monotonic() - begun) / done * (len(todo) - done)
+        show(f"[{done:3}/{len(todo)}, {left:4.0f} s left] {line(rows[-1])}")
+        result |= {
+            "limits": limits.as_json(),
+            "cases": rows,
+            "load_after": load_average(),
+            "clocks_after": clocks(),
+        }
+        save(result)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return result
+
+
+def ours(row: dict[str, Any], what: str = "step") -> str | None:
+    """Our fastest way of a case, by name."""
+    return _fastest(row, what, True)
+
+
+def best_rival(row: dict[str, Any], what: str = "step") -> str | None:
+    """The fastest of the others."""
+    return _fastest(row, what, False)
+
+
+def _fastest(row: dict[str, Any], what: str, mine: bool) -> str | None:
+    found = {
+        name: way[what]["median"]
+        for name, way in row["ways"].items()
+        if way["ours"] == mine and what in way
+    }
+    return min(found, key=found.__getitem__) if found else None
+
+
+def over_best_rival(row: dict[str, Any], what: str = "step") -> float | None:
+    """The best rival's time over ours; above 1 we are faster."""
+    own, rival = ours(row, what), best_rival(row, what)
+    if own is None or rival is None:
+        return None
+    return float(row["ways"][rival][what]["median"] / row["ways"][own][what]["median"])
+
+
+def of_limit(row: dict[str, Any]) -> float | None:
+    """The limit's time over our kernel's; 1 is the limit."""
+    own = ours(row, "cold")
+    if own is None:
+        return None
+    return float(row["limit_seconds"] / row["ways"][own]["cold"]["median"])
+
+
+def geomean(values: Iterable[float]) -> float:
+    """nan of nothing."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else float("nan")
+
+
+def line(row: dict[str, Any]) -> str:
+    """A case's result on one line."""
+    own, rival, limit = ours(row, "cold"), best_rival(row), of_limit(row)
+    parts = [f"{row['id']:28}"]
+    if own is not None and limit is not None:
+        parts.append(f"{row['ways'][own]['cold']['median'] * 1e6:9.1f} us")
+        parts.append(f"{limit:5.2f} of {row['limit_by']} limit")
+    if rival is not None:
+        parts.append(f"step {over_best_rival(row) or 0:5.2f}x {rival}")
+    return "  ".join(parts)
+
+
+def flat(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The result as rows of a CSV, one for each case and way."""
+    keys = ("id", "shape", "heads", "dtype", "page_size", "branches", "rows", "reuse", "layers")
+    facts = ("unique_bytes", "moved_bytes", "flops", "limit_seconds", "limit_by")
+    for row in result["cases"]:
+        for name, way in row["ways"].items():
+            times = {
+                f"{what}_{q}": way[what][q] if what in way else ""
+                for what in ("cold", "warm", "graph", "plan", "step")
+                for q in ("median", "p20", "p95")
+            }
+            some = {key: row[key] for key in keys + facts}
+            extra = {"error": way["error"], "held_bytes": way["held_bytes"], "absent": ""}
+            yield {"way": name, **some, **times, **extra}
+        for name, why in row["absent"].items():
+            yield {"way": name, **{key: row[key] for key in keys + facts}, "absent": why}

@@ -1,0 +1,171 @@
+"""FlashInfer over paged K and V: plain decode, multi-level cascade, BatchAttention."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fork_attn.bench.inputs import Inputs
+from fork_attn.bench.paging import Pool, Table, dense_tables, levels
+from fork_attn.bench.way import Absent, Way, cuda_module, no_draft, register
+
+WORKSPACE_BYTES = 256 << 20
+
+
+class FlashInfer(Way):
+    has_plan = True
+    module: Any
+
+    @classmethod
+    def available(cls, inputs: Inputs) -> None:
+        cls.module = cuda_module("flashinfer", inputs)
+        if inputs.q.dtype == torch.float32:
+            raise Absent("needs fp16 or bf16")
+        no_draft(inputs)
+        cls.check(inputs)
+
+    @classmethod
+    def check(cls, inputs: Inputs) -> None:
+        """Raises Absent for shapes that it does not take."""
+
+    def workspace(self) -> Tensor:
+        return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.inputs.device)
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        heads = self.inputs.setting.heads
+        return heads.q, heads.kv, heads.dim, self.inputs.setting.page_size
+
+    def tables(self, pool: Pool, tables: list[Table]) -> tuple[Tensor, Tensor, Tensor]:
+        """Begins of the entries' pages, the pages, slots used of each entry's last page."""
+        begins = torch.tensor([0, *(len(t.pages) for t in tables)], dtype=torch.int32).cumsum(0)
+        pages = torch.cat([pool.physical(t.pages) for t in tables])
+        size = pool.size
+        last = torch.tensor([(t.length - 1) % size + 1 for t in tables], dtype=torch.int32)
+        return begins.int(), pages, last
+
+    def fill(self, pool: Pool, layers: int) -> None:
+        self.pages = pool.num_pages
+        self.kv = [pool.tensors() for _ in range(layers)]
+
+    def held_bytes(self) -> int:
+        return self.pages * self.inputs.setting.page_size * self.inputs.slot_bytes
+
+
+class Decode(FlashInfer):
+    """Batch decode: no sharing."""
+
+    tensor_cores: ClassVar[bool]
+
+    @classmethod
+    def check(cls, inputs: Inputs) -> None:
+        if any(q.rows != 1 for q in inputs.forest.queries):
+            raise Absent("decodes one token per branch")
+
+    def build(self, layers: int) -> None:
+        pool = Pool(self.inputs)
+        self.arguments = self.tables(pool, dense_tables(self.inputs, pool))
+        self.fill(pool, layers)
+        self.wrapper = self.module.BatchDecodeWithPagedKVCacheWrapper(
+            self.workspace(), "NHD", use_tensor_cores=self.tensor_cores
+        )
+
+    def plan(self) -> None:
+        dtype = self.inputs.q.dtype
+        self.wrapper.plan(*self.arguments, *self.sizes(), q_data_type=dtype, kv_data_type=dtype)
+
+    def run(self, layer: int) -> Tensor:
+        out: Tensor = self.wrapper.run(self.inputs.q, self.kv[layer])
+        return out
+
+
+@register
+class DecodePlain(Decode):
+    name = "flashinfer_decode"
+    tensor_cores = False
+
+
+@register
+class DecodeTensorCores(Decode):
+    name = "flashinfer_decode_tc"
+    tensor_cores = True
+
+
+class Cascade(FlashInfer):
+    """Multi-level cascade: each piece once, levels merged; `forced` is its inner wrappers' backend,
+    "" as shipped."""
+
+    forced: ClassVar[str]
+    shares = True
+
+    def build(self, layers: int) -> None:
+        inputs, pool = self.inputs, Pool(self.inputs)
+        try:
+            found = levels(inputs, pool)
+        except ValueError as error:
+            raise Absent(str(error)) from error
+        if len(found) < 2:
+            raise Absent("nothing is shared in this shape")
+        if any(t.length == 0 for level in found for t in level.tables):
+            raise Absent("a level has nodes without tokens")
+        device = inputs.device
+        rows = [torch.tensor(lv.begins, dtype=torch.int32).to(device) for lv in found]
+        pages = [[x.to(device) for x in self.tables(pool, level.tables)] for level in found]
+        self.arguments = (rows, *(list(part) for part in zip(*pages, strict=True)))
+        self.causal = found[-1].causal
+        self.fill(pool, layers)
+        self.wrapper = self.module.MultiLevelCascadeAttentionWrapper(
+            len(found), self.workspace(), "NHD"
+        )
+        if self.forced:
+            for inner in self.wrapper._batch_prefill_wrappers:
+                inner._backend = self.forced
+
+    def plan(self) -> None:
+        dtype = self.inputs.q.dtype
+        types = {"q_data_type": dtype, "kv_data_type": dtype}
+        self.wrapper.plan(*self.arguments, *self.sizes(), causal=self.causal, **types)
+
+    def run(self, layer: int) -> Tensor:
+        out: Tensor = self.wrapper.run(self.inputs.q, self.kv[layer])
+        return out
+
+
+@register
+class CascadeShipped(Cascade):
+    name = "flashinfer_cascade"
+    forced = ""
+
+
+@register
+class CascadeFa2(Cascade):
+    name = "flashinfer_cascade_fa2"
+    forced = "fa2"
+
+
+@register
+class Holistic(FlashInfer):
+    """BatchAttention, persistent: no sharing."""
+
+    name = "flashinfer_batch_attention"
+
+    def build(self, layers: int) -> None:
+        inputs, pool = self.inputs, Pool(self.inputs)
+        found = dense_tables(inputs, pool)
+        begins, pages, _ = (x.to(inputs.device) for x in self.tables(pool, found))
+        rows = torch.tensor(inputs.forest.row_begin, dtype=torch.int32, device=inputs.device)
+        lengths = torch.tensor([t.length for t in found], dtype=torch.int32, device=inputs.device)
+        q_heads, kv_heads, dim, size = self.sizes()
+        self.arguments = (rows, begins, pages, lengths, q_heads, kv_heads, dim, dim, size)
+        self.fill(pool, layers)
+        self.wrapper = self.module.BatchAttention("NHD", str(inputs.device))
+
+    def plan(self) -> None:
+        dtype = self.inputs.q.dtype
+        causal = any(q.rows > 1 for q in self.inputs.forest.queries)
+        self.wrapper.plan(*self.arguments, causal=causal, q_data_type=dtype, kv_data_type=dtype)
+
+    def run(self, layer: int) -> Tensor:
+        out: Tensor = self.wrapper.run(self.inputs.q, self.kv[layer])[0]
+        return out

@@ -1,0 +1,144 @@
+"""fork-attn itself, one way per backend that this version has."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import ClassVar
+
+from torch import Tensor
+
+import fork_attn as fa
+from fork_attn import ops
+from fork_attn.bench.inputs import Inputs
+from fork_attn.bench.way import Absent, Way, need, register
+
+
+class Forked(Way):
+    """A ForkedKVCache grown with its verbs: fork, step, join. Pages lie scattered, as in a pool that
+    is long in use."""
+
+    backend: ClassVar[ops.Backend]
+    ours = True
+    shares = True
+    has_plan = True
+
+    @classmethod
+    def available(cls, inputs: Inputs) -> None:
+        backend, device = cls.backend, inputs.device
+        if backend not in ops.AVAILABLE:
+            raise Absent(f"backend {backend!r} is not part of this version")
+        try:
+            ops.resolve_backend(backend, device)
+        except fa.ForkAttnError as error:
+            raise Absent(str(error)) from error
+        if device.type == "cpu" and backend == "triton" and "TRITON_INTERPRET" in os.environ:
+            raise Absent("interpreted: its times mean nothing")
+
+    def build(self, layers: int) -> None:
+        inputs, forest = self.inputs, self.inputs.forest
+        heads, size = inputs.setting.heads, inputs.setting.page_size
+        nodes = sum(-(-node.tokens // size) for node in forest.nodes)
+        rows = sum(-(-q.rows // size) for q in forest.queries)
+        pages = nodes + rows + len(forest.queries) + 1
+        need(pages * size * inputs.slot_bytes * layers, inputs, "the pool")
+        try:
+            self.cache = fa.ForkedKVCache(
+                num_layers=layers,
+                num_pages=pages,
+                num_q_heads=heads.q,
+                num_kv_heads=heads.kv,
+                head_dim=heads.dim,
+                page_size=size,
+                dtype=inputs.setting.dtype,
+                device=inputs.device,
+                backend=self.backend,
+            )
+        except fa.ForkAttnError as error:
+            raise Absent(str(error)) from error
+        self._scatter(pages)
+        ends = self._grow()
+        self.branches = [ends[q.node].fork()[0] for q in forest.queries]
+        self.tokens: dict[fa.Branch, int | fa.Draft] = {
+            branch: q.new if q.draft is None else fa.Draft(q.draft)
+            for branch, q in zip(self.branches, forest.queries, strict=True)
+        }
+        first = inputs.node_begin[-1]
+        self.new_kv = (inputs.k[first:], inputs.v[first:])
+        self.open: fa.Step | None = None
+        self.plan()
+        assert self.open is not None
+        self._store(self.open, first, first + forest.num_rows)
+
+    def _scatter(self, pages: int) -> None:
+        fillers = [self.cache.new_branch() for _ in range(pages)]
+        self.cache.step(dict.fromkeys(fillers, self.cache.page_size)).commit()
+        random.Random(0).shuffle(fillers)
+        self.cache.free(fillers)
+
+    def _grow(self) -> list[fa.Branch]:
+        """The branch of each node, before any of it forks."""
+        ends: list[fa.Branch] = []
+        begins = self.inputs.node_begin
+        for index, node in enumerate(self.inputs.forest.nodes):
+            ends.append(self._at(ends, node.parents))
+            if node.tokens:
+                with self.cache.step({ends[-1]: node.tokens}) as step:
+                    self._store(step, begins[index], begins[index + 1])
+        return ends
+
+    def _at(self, ends: list[fa.Branch], parents: tuple[int, ...]) -> fa.Branch:
+        """A branch that sees what all the parents see."""
+        if not parents:
+            return self.cache.new_branch()
+        paths = self.inputs.forest.paths
+        if len(parents) == 1:
+            return ends[parents[0]].fork()[0]
+        shared = [n for n in paths[parents[0]] if all(n in paths[p] for p in parents)]
+        joint = ends[shared[-1]].fork()[0] if shared else self.cache.new_branch()
+        joint.join([ends[p].fork()[0] for p in parents])
+        return joint
+
+    def _store(self, step: fa.Step, begin: int, end: int) -> None:
+        """Writes slots of the inputs into all layers, whatever the device."""
+        at = step.slot_mapping.to(self.inputs.device)
+        page, slot = at // self.cache.page_size, at % self.cache.page_size
+        for layer in range(self.cache.num_layers):
+            k_cache, v_cache = self.cache.layer(layer)
+            k_cache[page, slot] = self.inputs.k[begin:end]
+            v_cache[page, slot] = self.inputs.v[begin:end]
+
+    def plan(self) -> None:
+        """Opens the step and plans it."""
+        self.close()
+        self.open = self.cache.step(self.tokens)
+        self.ready = self.open.plan
+
+    def run(self, layer: int) -> Tensor:
+        caches = self.cache.layer(layer)
+        return fa.tree_attention(self.inputs.q, *caches, self.ready, backend=self.backend)[0]
+
+    def step(self, layers: int, held: int) -> None:
+        """The whole of it: open, plan, store the new K and V and attend in every layer, close."""
+        self.plan()
+        assert self.open is not None
+        for layer in range(layers):
+            self.cache.attend(layer % held, self.inputs.q, *self.new_kv, self.open)
+        self.close()
+        self.open = None
+
+    def held_bytes(self) -> int:
+        return self.cache.stats().kv_bytes // self.cache.num_layers
+
+    def close(self) -> None:
+        if self.open is not None and self.open.state == "open":
+            self.open.rollback()
+
+
+def _declare(kind: ops.Backend) -> type[Forked]:
+    made = type(f"Forked_{kind}", (Forked,), {"name": f"fork_attn_{kind}", "backend": kind})
+    return register(made)  # type: ignore[return-value]
+
+
+for _backend in ("cpu", "triton", "cuda", "flash_attn"):
+    _declare(_backend)  # type: ignore[arg-type]

@@ -1,0 +1,178 @@
+"""What torch brings: SDPA over copied K and V, and variable-length flash attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from fork_attn.bench.inputs import Inputs
+from fork_attn.bench.paging import Pool, dense_tables, padded
+from fork_attn.bench.way import Absent, Way, need, no_draft, register
+
+
+class Copied(Way):
+    """Each query's context gathered: what a cache per branch holds."""
+
+    @classmethod
+    def available(cls, inputs: Inputs) -> None:
+        need(inputs.forest.copied_slots * inputs.slot_bytes, inputs, "a copy for each branch")
+
+    def held_bytes(self) -> int:
+        return self.inputs.forest.copied_slots * self.inputs.slot_bytes
+
+    def need_layers(self, layers: int, slots: int) -> None:
+        need(layers * slots * self.inputs.slot_bytes, self.inputs, f"{layers} layers of copies")
+
+    def gathered(self, query: int) -> tuple[Tensor, Tensor]:
+        """(KV heads, context + rows, dim) of K and of V, contiguous."""
+        inputs = self.inputs
+        slots = torch.cat([inputs.context_slots(query), inputs.own_slots(query)])
+        k, v = (x[slots].transpose(0, 1).contiguous() for x in (inputs.k, inputs.v))
+        return k, v
+
+    def rows_mask(self, query: int) -> Tensor | None:
+        """(rows * group, context + rows) bool, or None where every row sees everything."""
+        inputs = self.inputs
+        own = inputs.own_mask(query)
+        if bool(own.all()):
+            return None
+        context = inputs.forest.contexts[query]
+        mask = torch.cat([own.new_ones(len(own), context), own], 1)
+        return mask.repeat_interleave(inputs.setting.heads.group, 0)
+
+
+def _grouped(q: Tensor, inputs: Inputs) -> Tensor:
+    """(rows, q heads, dim) as (KV heads, rows * group, dim): a KV head's query heads as the rows of
+    one matrix, which is SDPA's fastest form of GQA."""
+    heads = inputs.setting.heads
+    return q.unflatten(1, (heads.kv, heads.group)).transpose(0, 1).flatten(1, 2)
+
+
+def _ungrouped(out: Tensor, inputs: Inputs) -> Tensor:
+    heads = inputs.setting.heads
+    return out.unflatten(-2, (-1, heads.group)).movedim(-4, -3).flatten(-3, -2)
+
+
+@register
+class SdpaPerBranch(Copied):
+    """One SDPA call for each branch over its copy."""
+
+    name = "sdpa_per_branch"
+
+    def build(self, layers: int) -> None:
+        self.need_layers(layers, self.inputs.forest.copied_slots)
+        queries = range(len(self.inputs.forest.queries))
+        self.kv = [[self.gathered(i) for i in queries] for _ in range(layers)]
+        self.masks = [self.rows_mask(i) for i in queries]
+        self.out = torch.empty_like(self.inputs.q)
+
+    def run(self, layer: int) -> Tensor:
+        inputs = self.inputs
+        for query, (k, v) in enumerate(self.kv[layer]):
+            rows = inputs.rows(query)
+            q = _grouped(inputs.q[rows], inputs)
+            mask = self.masks[query]
+            out = scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)
+            self.out[rows] = _ungrouped(out[0], inputs)
+        return self.out
+
+
+@register
+class SdpaBatched(Copied):
+    """One SDPA call over all copies, padded to the longest where lengths differ: what a batch of
+    transformers' DynamicCache does."""
+
+    name = "sdpa_batched"
+
+    @classmethod
+    def available(cls, inputs: Inputs) -> None:
+        super().available(inputs)
+        if len({q.rows for q in inputs.forest.queries}) != 1:
+            raise Absent("branches add different numbers of tokens")
+
+    def build(self, layers: int) -> None:
+        inputs, forest = self.inputs, self.inputs.forest
+        n, self.rows = len(forest.queries), forest.queries[0].rows
+        longest = max(forest.contexts) + self.rows
+        self.padded_slots = n * longest
+        self.need_layers(layers, self.padded_slots)
+        heads = inputs.setting.heads
+        shape = (n, heads.kv, longest, heads.dim)
+        k, v = (torch.zeros(shape, dtype=inputs.k.dtype, device=inputs.device) for _ in "kv")
+        full = forest.queries[0].rows == 1 and len(set(forest.contexts)) == 1
+        mask = torch.zeros(n, 1, self.rows * heads.group, longest, dtype=torch.bool)
+        for query in range(n):
+            one_k, one_v = self.gathered(query)
+            k[query, :, : one_k.shape[1]], v[query, :, : one_v.shape[1]] = one_k, one_v
+            seen = self.rows_mask(query)
+            mask[query, 0, :, : one_k.shape[1]] = True if seen is None else seen.cpu()
+        self.mask = None if full else mask.to(inputs.device)
+        self.kv = [(k, v), *((k.clone(), v.clone()) for _ in range(layers - 1))]
+
+    def run(self, layer: int) -> Tensor:
+        inputs = self.inputs
+        q = inputs.q.unflatten(0, (-1, self.rows))
+        heads = inputs.setting.heads
+        q = q.unflatten(2, (heads.kv, heads.group)).transpose(1, 2).flatten(2, 3)
+        out = scaled_dot_product_attention(q, *self.kv[layer], attn_mask=self.mask)
+        return _ungrouped(out, inputs)
+
+    def held_bytes(self) -> int:
+        return self.padded_slots * self.inputs.slot_bytes
+
+
+@register
+class Varlen(Way):
+    """torch.nn.attention.varlen over page tables that share physical pages."""
+
+    name = "torch_varlen_paged"
+
+    @classmethod
+    def available(cls, inputs: Inputs) -> None:
+        try:
+            from torch.nn.attention import varlen
+        except ImportError as error:
+            raise Absent(f"import torch.nn.attention.varlen: {error}") from error
+        if inputs.device.type != "cuda":
+            raise Absent("torch.nn.attention.varlen needs a CUDA device")
+        if "block_table" not in (varlen.varlen_attn.__doc__ or ""):
+            raise Absent("this torch's varlen_attn takes no block_table")
+        if inputs.q.dtype == torch.float32:
+            raise Absent("needs fp16 or bf16")
+        no_draft(inputs)
+
+    def build(self, layers: int) -> None:
+        inputs, forest = self.inputs, self.inputs.forest
+        pool = Pool(inputs)
+        tables = dense_tables(inputs, pool)
+        self.pages = pool.num_pages
+        self.kv = [pool.tensors() for _ in range(layers)]
+        self.table = padded(pool, tables)
+        lengths = torch.tensor([t.length for t in tables], dtype=torch.int32)
+        self.used = lengths.to(inputs.device)
+        self.cu_q = torch.tensor(forest.row_begin, dtype=torch.int32, device=inputs.device)
+        self.cu_k = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int().to(inputs.device)
+        self.max_q = max(q.rows for q in forest.queries)
+        self.max_k = int(lengths.max())
+
+    def run(self, layer: int) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(
+            self.inputs.q,
+            *self.kv[layer],
+            self.cu_q,
+            self.cu_k,
+            self.max_q,
+            self.max_k,
+            window_size=(-1, 0),
+            enable_gqa=True,
+            seqused_k=self.used,
+            block_table=self.table,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    def held_bytes(self) -> int:
+        return self.pages * self.inputs.setting.page_size * self.inputs.slot_bytes
