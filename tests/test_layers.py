@@ -27,7 +27,7 @@ LAYERS = (
     ("",),  # fork_attn/__init__.py, the public names
     ("hf",),
     ("reason",),
-    ("demo", "plan_report", "plan_picture", "plan_command"),
+    ("demo", "plan_report", "plan_picture", "plan_command", "bench"),
     ("cli", "__main__"),
     ("testing",),  # for tests alone
 )

@@ -111,13 +111,18 @@ _EXTENDS = {
     "E-N2-128": ([1, 4, 16, 512], [1024, 256, 128, 32], 128, "no"),
     "E-S6-16": ([1, 8], [4000, 32], 16, "full"),
 }
+
+
+def _halving(depth: int) -> list[int]:
+    """Nodes per level of a tree of that many levels with 32 leaves."""
+    return [2 ** round(5 * level / (depth - 1)) for level in range(depth)] if depth > 1 else [32]
+
+
 # Lengths for the charts: one thing varies, the rest stays.
 _SWEEPS = {
     **{f"S-w{n}": ([1, n], [4096, 64], "full") for n in (1, 2, 4, 8, 16, 32, 64)},
     **{f"S-p{p}": ([1, 8], [p, 64], "full") for p in (1024, 2048, 8192, 16384)},
-    **{
-        f"N-d{d}": ([2**i for i in range(d)], [2048 // d] * d, "full") for d in (1, 2, 3, 4, 5, 6)
-    },
+    **{f"N-d{d}": (_halving(d), [2048 // d] * d, "full") for d in (1, 2, 3, 4, 6)},
 }
 
 

@@ -30,6 +30,9 @@ class Way(ABC):
     shares: ClassVar[bool] = False
     """Whether shared tokens are read once for all queries, not once for each."""
 
+    slow_build: ClassVar[bool] = False
+    """It compiles for seconds: on CPUs it takes part in the quick shapes only."""
+
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
 

@@ -21,6 +21,7 @@ class Flex(Way):
     name = "flex_attention"
     shares = True
     has_plan = True
+    slow_build = True
 
     @classmethod
     def available(cls, inputs: Inputs) -> None:
@@ -48,6 +49,7 @@ class Flex(Way):
 
         self.seen = seen
         self.create_block_mask = create_block_mask
+        torch._dynamo.reset()  # it stops compiling after a few shapes
         self.attend: Any = torch.compile(flex_attention, dynamic=False)
         self.plan()
         try:

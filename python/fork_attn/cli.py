@@ -1,4 +1,4 @@
-"""The command `fork-attn`: what is installed, a model that forks and joins, plans of trees."""
+"""The command `fork-attn`: what is installed, a model that forks and joins, plans, measurements."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 import fork_attn
 from fork_attn import _C, _env, demo, ops, plan_command
+from fork_attn.bench import command as bench_command
 
 _PACKAGES = ("torch", "triton", "transformers", "flash-attn", "numpy")
 
@@ -63,6 +64,14 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     plan_command.add_arguments(plan)
     plan.set_defaults(run=plan_command.run)
+
+    bench = commands.add_parser(
+        "bench",
+        help="tree attention side by side with what one would use instead, on this machine",
+        description="Checks every implementation against float64, then times them in turn.",
+    )
+    bench_command.add_arguments(bench)
+    bench.set_defaults(run=bench_command.run)
     return parser
 
 

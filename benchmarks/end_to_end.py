@@ -1,0 +1,258 @@
+"""Decoding with a model end to end: threads over one prefix, and replays of published traces.
+
+    python benchmarks/end_to_end.py --model tiny --quick
+    python benchmarks/end_to_end.py --json benchmarks/results/end_to_end_cpu.json
+
+All ways run in turn, a block of steps each, every block from the same prefix; the first block warms
+up. Before that their logits are compared. A replay feeds the same tokens to all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import e2e_models
+import torch
+from e2e_traces import TRACES, Trace
+from e2e_ways import Forked, Stock, StockBatch, StockCopies, Way
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+
+from fork_attn.bench.machine import clocks, load_average, machine
+from fork_attn.bench.timing import Times
+from fork_attn.demo.baseline import plain_copy
+
+SCHEMA = 1
+# Prompt tokens and threads; real widths first, then best-of-64.
+CELLS = {"cpu": ((1024, 2), (1024, 5), (4096, 1), (4096, 3), (4096, 5), (1024, 64))}
+CELLS["cuda"] = (*CELLS["cpu"], (16384, 5), (4096, 64), (4096, 128))
+CELLS["quick"] = ((64, 1), (64, 3))
+# Of a trace's published lengths: what a CPU decodes in seconds.
+SCALE = {"cpu": 1 / 80, "cuda": 1.0, "quick": 1 / 800}
+FIRST_TOKEN = 7
+LOGIT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_ways(model: PreTrainedModel, prompt: list[int], threads: int) -> dict[str, Way]:
+    """All ways over one model's weights, the prompt read by each."""
+    stock = plain_copy(model)
+    pages = len(prompt) // 16 * 2 + 256 * threads + 2048
+    read = Stock.read(stock, prompt)
+    return {
+        "fork_attn": Forked(model, prompt, pages),
+        "stock_batch": StockBatch(stock, read),
+        "stock_copies": StockCopies(stock, read),
+    }
+
+
+def compare_logits(ways: Mapping[str, Way], length: int, threads: int) -> dict[str, float]:
+    """Largest difference of the first step's logits from those of copies decoded one by one."""
+    logits = {}
+    for name, way in ways.items():
+        way.begin(length, threads)
+        logits[name] = way.step([FIRST_TOKEN + i for i in range(threads)]).float()
+        way.end()
+    exact = logits["stock_copies"]
+    differences = {name: float((x - exact).abs().max()) for name, x in logits.items()}
+    stock = ways["stock_batch"]
+    assert isinstance(stock, Stock)
+    limit = LOGIT_TOLERANCE[stock.model.dtype]
+    if wrong := {name: d for name, d in differences.items() if not d <= limit}:
+        raise SystemExit(f"logits differ from stock's: {wrong}; not measured")
+    return differences
+
+
+def run_cell(
+    ways: Mapping[str, Way], length: int, threads: int, blocks: int, steps: int, device: torch.device
+) -> dict[str, Any]:
+    """Seconds of one greedy step of all threads, in blocks; and of the fork that begins a block."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    forks: dict[str, list[float]] = {name: [] for name in ways}
+    held: dict[str, int] = {}
+    for block in range(blocks + 1):
+        for name, way in ways.items():
+            synchronize(device)
+            began = time.perf_counter()
+            way.begin(length, threads)
+            synchronize(device)
+            forked = time.perf_counter() - began
+            tokens = way.step([FIRST_TOKEN] * threads).argmax(-1).tolist()
+            began = time.perf_counter()
+            for _ in range(steps):
+                tokens = way.step(tokens).argmax(-1).tolist()
+            seconds = (time.perf_counter() - began) / steps
+            held[name] = way.kv_bytes()
+            way.end()
+            if block:
+                taken[name].append(seconds)
+                forks[name].append(forked)
+    return {
+        "prefix": length,
+        "threads": threads,
+        "ways": {
+            name: {
+                "step": asdict(Times.of(seconds)),
+                "fork": asdict(Times.of(forks[name])),
+                "tokens_per_s": threads / Times.of(seconds).median,
+                "kv_bytes": held[name],
+            }
+            for name, seconds in taken.items()
+        },
+    }
+
+
+def run_trace(
+    ways: Mapping[str, Way], trace: Trace, blocks: int, device: torch.device
+) -> dict[str, Any]:
+    """Wall time, tokens a second, peak K and V, and tokens read again at joins."""
+    found: dict[str, dict[str, Any]] = {}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(blocks):
+        for name, way in ways.items():
+            synchronize(device)
+            began = time.perf_counter()
+            way.replay(trace)
+            synchronize(device)
+            taken[name].append(time.perf_counter() - began)
+            found[name] = {"peak_kv_bytes": way.peak_bytes, "prefilled_tokens": way.prefilled}
+            way.end()
+    for name, seconds in taken.items():
+        times = Times.of(seconds)
+        found[name] |= {"wall": asdict(times), "tokens_per_s": trace.tokens / times.median}
+    return {
+        "name": trace.name,
+        "source": trace.source,
+        "prefix": trace.prefix,
+        "tokens": trace.tokens,
+        "critical_path": trace.critical_path,
+        "joined_tokens": trace.joined_tokens,
+        "ways": found,
+    }
+
+
+def run_continuous(
+    model: PreTrainedModel, ways: Mapping[str, Way], prompt: list[int], threads: int, steps: int
+) -> dict[str, Any]:
+    """Prompt and decoding together: transformers' continuous batching (paged, blocks shared by
+    prefix) with a request for each thread, and this package with one prompt that forks."""
+    block = 32
+    config = ContinuousBatchingConfig(
+        num_blocks=threads * (-(-(len(prompt) + steps) // block) + 2),
+        block_size=block,
+        max_batch_tokens=512,
+    )
+    options = GenerationConfig(
+        max_new_tokens=steps, min_new_tokens=steps, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    requests = [[*prompt[:-1], FIRST_TOKEN + i] for i in range(threads)]
+    began = time.perf_counter()
+    answers = model.generate_batch(
+        requests, generation_config=options, continuous_batching_config=config, warmup=False
+    )
+    stock = time.perf_counter() - began
+    if sorted(len(a.generated_tokens) for a in answers.values()) != [steps] * threads:
+        return {"absent": {"hf_continuous_batching": "did not return all tokens of all requests"}}
+    own = ways["fork_attn"]
+    assert isinstance(own, Forked)
+    began = time.perf_counter()
+    own.begin_from(prompt[:-1], threads)
+    tokens = [FIRST_TOKEN + i for i in range(threads)]
+    for _ in range(steps):
+        tokens = own.step(tokens).argmax(-1).tolist()
+    mine = time.perf_counter() - began
+    own.end()
+    return {
+        "prompt": len(prompt),
+        "threads": threads,
+        "steps": steps,
+        "seconds": {"fork_attn": mine, "hf_continuous_batching": stock},
+    }
+
+
+def plan_parts(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[list[tuple[int, int]], list[Trace]]:
+    """Cells (prompt tokens, threads) and traces to measure."""
+    size = "quick" if args.quick else device.type
+    cells = [cell for cell in CELLS[size] if cell[1] <= args.most_threads]
+    return cells, [make().scaled(SCALE[size]) for make in TRACES.values()]
+
+
+def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
+    """Measures everything, saving after each part."""
+    device = torch.device(args.device)
+    cells, traces = plan_parts(args, device)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "machine": machine(device),
+        "device": device.type,
+        "load_before": load_average(),
+        "clocks_before": clocks(),
+        "model": args.model,
+    }
+    longest = max([cell[0] for cell in cells] + [trace.prefix for trace in traces])
+    model = e2e_models.load(args.model, device)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, 190, (longest,), generator=generator).tolist()
+    ways = make_ways(model, prompt, max(cell[1] for cell in cells))
+    stock = ways["stock_batch"]
+    assert isinstance(stock, Stock)
+    result |= {"dtype": str(model.dtype).removeprefix("torch."), "cells": [], "traces": []}
+    begun = time.monotonic()
+
+    def done(text: str, found: dict[str, Any]) -> None:
+        rates = ", ".join(f"{k} {w['tokens_per_s']:.1f}" for k, w in found["ways"].items())
+        print(f"[{time.monotonic() - begun:4.0f} s] {text}: {rates} tokens/s", flush=True)
+        result.update(load_after=load_average(), clocks_after=clocks())
+        save(result)
+
+    for length, threads in cells:
+        some = dict(ways)
+        if threads > 8 and device.type == "cpu":
+            del some["stock_copies"]  # it would take minutes
+        steps = args.steps if threads <= 8 else max(2, args.steps // 2)
+        compare = compare_logits(ways, length, min(threads, 5))
+        cell = run_cell(some, length, threads, args.blocks, steps, device)
+        result["cells"].append({**cell, "logit_differences": compare})
+        done(f"{threads} threads over {length} tokens", cell)
+    for trace in traces:
+        result["traces"].append(run_trace(ways, trace, max(1, args.blocks // 3), device))
+        done(f"replay of {trace.name}, {trace.tokens} tokens", result["traces"][-1])
+    length, threads = cells[1]
+    continuous = run_continuous(stock.model, ways, prompt[:length], threads, 4 * args.steps)
+    result["continuous"] = continuous
+    print(f"[{time.monotonic() - begun:4.0f} s] from the prompt on: {continuous}", flush=True)
+    save(result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=e2e_models.NAMES, default="smollm2")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try this program")
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6, help="of a block")
+    parser.add_argument("--most-threads", type=int, default=128)
+    parser.add_argument("--json", type=Path, help="file to write")
+    args = parser.parse_args()
+
+    def save(result: dict[str, Any]) -> None:
+        if args.json is not None:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    measure(args, save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""`fork-attn bench`: the suite on this machine, and against committed results."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fork_attn.bench import compare, measure
+from fork_attn.bench.shapes import SHAPES, Heads
+from fork_attn.bench.way import WAYS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("--quick", action="store_true", help="a small subset of the shapes")
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="results to hold these against; exit status 1"
+        " where a ratio to a rival fell beyond noise",
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--shapes", nargs="+", metavar="ID", help="of --list")
+    parser.add_argument("--heads", nargs="+", metavar="Q/KVxDIM", help="such as 32/8x128")
+    parser.add_argument("--dtypes", nargs="+", choices=measure.DTYPES, help="of K and V")
+    parser.add_argument("--page-sizes", nargs="+", type=int, metavar="N")
+    parser.add_argument("--ways", nargs="+", metavar="NAME", help="implementations, of --list")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing each case (default 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the result, a CSV beside it")
+    parser.add_argument("--list", action="store_true", help="shapes and implementations; runs nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; the exit status is 1 after a regression, 2 where an argument is off."""
+    if args.list:
+        return _list()
+    try:
+        device = _device(args.device)
+        for name in args.ways or ():
+            if name not in WAYS:
+                raise ValueError(f"ways: expected of {', '.join(WAYS)}, got {name!r}")
+        heads = [Heads.parse(text) for text in args.heads] if args.heads else None
+        todo = measure.cases(
+            device, args.quick, args.shapes, heads, args.dtypes, args.page_sizes
+        )
+        then = json.loads(args.against.read_text()) if args.against else None
+        if then is not None:
+            _require_same_kind(device, then)
+    except (ValueError, OSError, KeyError) as error:
+        print(f"fork-attn bench: {error}", file=sys.stderr)
+        return 2
+    now = measure.run(
+        todo, device, args.seconds, lambda result: _save(args.json, result), _show, args.ways
+    )
+    _show_absent(now)
+    if then is None:
+        return 0
+    try:
+        found = compare.compare(now, then)
+    except ValueError as error:
+        print(f"fork-attn bench: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(compare.show(found)))
+    return 1 if found.regressed else 0
+
+
+def _device(name: str | None) -> torch.device:
+    if name not in (None, "cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: no CUDA device here")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _require_same_kind(device: torch.device, then: dict[str, Any]) -> None:
+    """Before minutes are spent, what `compare` would refuse in the end."""
+    here = compare.kind(measure.machine(device))
+    there = compare.kind(then["machine"])
+    if here != there:
+        raise ValueError(f"against: expected results of {here}, got those of {there}")
+
+
+def _show(text: str) -> None:
+    print(text, flush=True)
+
+
+def _save(path: Path | None, result: dict[str, Any]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    rows = list(measure.flat(result))
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _show_absent(result: dict[str, Any]) -> None:
+    reasons: dict[tuple[str, str], int] = {}
+    for row in result["cases"]:
+        for name, why in row["absent"].items():
+            reasons[name, why] = reasons.get((name, why), 0) + 1
+    if reasons:
+        print("absent:")
+    for (name, why), count in sorted(reasons.items()):
+        print(f"  {name:28}{count:3} cases: {why}")
+
+
+def _list() -> int:
+    for shape in SHAPES.values():
+        forest = shape.make()
+        facts = f"{len(forest.queries)} branches, reuse {forest.reuse:.1f}"
+        print(f"{shape.id:12}{shape.text:62}{facts}, CPU: {shape.cpu}")
+    print()
+    for name, way in WAYS.items():
+        text = " ".join((inspect.getdoc(way) or "").split())
+        print(f"{name:28}{text.split('. ')[0]}")
+    return 0
