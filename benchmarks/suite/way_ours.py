@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fork_attn as fa
 from fork_attn import ops
+from fork_attn.bench.grow import grow, pages_of
 from fork_attn.bench.inputs import Inputs
 from fork_attn.bench.way import Absent, Way, need, register
 
@@ -38,9 +39,7 @@ class Forked(Way):
     def build(self, layers: int) -> None:
         inputs, forest = self.inputs, self.inputs.forest
         heads, size = inputs.setting.heads, inputs.setting.page_size
-        nodes = sum(-(-node.tokens // size) for node in forest.nodes)
-        rows = sum(-(-q.rows // size) for q in forest.queries)
-        pages = nodes + rows + len(forest.queries) + 1
+        pages = pages_of(forest, size)
         need(pages * size * inputs.slot_bytes * layers, inputs, "the pool")
         try:
             self.cache = fa.ForkedKVCache(
@@ -57,13 +56,11 @@ class Forked(Way):
         except fa.ForkAttnError as error:
             raise Absent(str(error)) from error
         self._scatter(pages)
-        ends = self._grow()
-        self.branches = [ends[q.node].fork()[0] for q in forest.queries]
-        self.tokens: dict[fa.Branch, int | fa.Draft] = {
-            branch: q.new if q.draft is None else fa.Draft(q.draft)
-            for branch, q in zip(self.branches, forest.queries, strict=True)
-        }
-        first = inputs.node_begin[-1]
+        begins = inputs.node_begin
+        self.tokens = grow(
+            self.cache, forest, lambda step, n: self._store(step, begins[n], begins[n + 1])
+        )
+        first = begins[-1]
         self.new_kv = (inputs.k[first:], inputs.v[first:])
         self.open: fa.Step | None = None
         self.plan()
@@ -75,29 +72,6 @@ class Forked(Way):
         self.cache.step(dict.fromkeys(fillers, self.cache.page_size)).commit()
         random.Random(0).shuffle(fillers)
         self.cache.free(fillers)
-
-    def _grow(self) -> list[fa.Branch]:
-        """The branch of each node, before any of it forks."""
-        ends: list[fa.Branch] = []
-        begins = self.inputs.node_begin
-        for index, node in enumerate(self.inputs.forest.nodes):
-            ends.append(self._at(ends, node.parents))
-            if node.tokens:
-                with self.cache.step({ends[-1]: node.tokens}) as step:
-                    self._store(step, begins[index], begins[index + 1])
-        return ends
-
-    def _at(self, ends: list[fa.Branch], parents: tuple[int, ...]) -> fa.Branch:
-        """A branch that sees what all the parents see."""
-        if not parents:
-            return self.cache.new_branch()
-        paths = self.inputs.forest.paths
-        if len(parents) == 1:
-            return ends[parents[0]].fork()[0]
-        shared = [n for n in paths[parents[0]] if all(n in paths[p] for p in parents)]
-        joint = ends[shared[-1]].fork()[0] if shared else self.cache.new_branch()
-        joint.join([ends[p].fork()[0] for p in parents])
-        return joint
 
     def _store(self, step: fa.Step, begin: int, end: int) -> None:
         """Writes slots of the inputs into all layers, whatever the device."""
