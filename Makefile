@@ -13,7 +13,7 @@ BUILD_FILES := setup.py pyproject.toml constraints.txt CMakeLists.txt python/for
 	$(shell find csrc -type f)
 CPP_FILES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test cpp-test sanitize pytest lint format bench gpu clean
+.PHONY: help demo test cpp-test sanitize pytest lint format bench bench-report wheels gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -32,18 +32,28 @@ lint: $(VENV)/.installed-dev build/stage  ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff format --check .
 	@echo clang-format; $(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 	MYPYPATH=build/stage $(VENV)/bin/mypy -p fork_attn
-	MYPYPATH=build/stage:benchmarks:benchmarks/gpu $(VENV)/bin/mypy $(shell find benchmarks -name '*.py')
+	MYPYPATH=build/stage:benchmarks:benchmarks/gpu $(VENV)/bin/mypy $(shell find benchmarks -name '*.py' -not -path '*/suite/*')
 
 format: $(VENV)/.installed-dev  ## rewrite the sources in the project's style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
-bench: $(VENV)/.installed-dev build/cpp  ## times of the host's verbs and of the CPU kernels
+# Results go to RESULTS; the tables and pictures that are written are those of benchmarks/results.
+RESULTS ?= benchmarks/results
+bench: $(VENV)/.installed-dev $(VENV)/.weights build/cpp  ## on a quiet CPU, under ten minutes: measure, write tables and pictures
 	$(CMAKE) --build build/cpp --target cpp_benchmarks
 	for program in build/cpp/bench_*; do ./$$program || exit 1; done
-	$(PY) -m pytest benchmarks --benchmark-columns=min,median,max $(ARGS)
-	$(PY) benchmarks/cpu_attention.py --quick
+	$(PY) -m pytest benchmarks -q --benchmark-columns=min,median,max $(ARGS)
+	$(PY) -m fork_attn bench --device cpu --seconds 1.5 --json $(RESULTS)/suite_cpu.json
+	$(PY) benchmarks/end_to_end.py --json $(RESULTS)/end_to_end_cpu.json
+	$(PY) benchmarks/report.py
+
+bench-report: $(VENV)/.installed-dev  ## README's headline, docs/benchmarks.md and pictures from committed results
+	$(PY) benchmarks/report.py
+
+wheels:  ## manylinux wheels for the Pythons at hand, tried in clean environments; into dist
+	.ci/wheels
 
 gpu:  ## on a GPU machine: build, test, measure; PART=build|test|baseline|dry
 	$(if $(filter dry,$(PART)),$(MAKE) $(VENV)/.installed-dev)
@@ -94,6 +104,7 @@ build/stage:
 	rm -rf $@ && mkdir -p $@
 	cp -r python/fork_attn $@/ && rm -f $@/fork_attn/_C*.so
 	cp -r kernels/fork_attn_triton $@/fork_attn/kernels
+	cp -r benchmarks/suite $@/fork_attn/bench
 
 # The interpreter is not instrumented, so ASan comes first by preload; libstdc++ with it, or the
 # first C++ exception aborts. Python itself leaks by design.

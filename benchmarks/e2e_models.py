@@ -23,7 +23,7 @@ def load(name: str, device: torch.device) -> PreTrainedModel:
         WeightsError: SmolLM2's package is missing.
     """
     if name == "smollm2":
-        return weights.load()[0].to(device)
+        return _to(weights.load()[0], device)
     torch.manual_seed(0)
     if name == "tiny":
         config = LlamaConfig(
@@ -35,7 +35,7 @@ def load(name: str, device: torch.device) -> PreTrainedModel:
             num_key_value_heads=2,
             max_position_embeddings=8192,
         )
-        return LlamaForCausalLM(config).eval().to(device)
+        return _to(LlamaForCausalLM(config).eval(), device)
     with torch.device(device):
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
@@ -44,6 +44,11 @@ def load(name: str, device: torch.device) -> PreTrainedModel:
         finally:
             torch.set_default_dtype(before)
     return model.eval()
+
+
+def _to(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    torch.nn.Module.to(model, device)  # transformers' own decorator hides the signature
+    return model
 
 
 def _large(name: str) -> PreTrainedModel:

@@ -10,6 +10,7 @@ import torch
 from e2e_traces import Fork, Serial, Trace
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 import fork_attn as fa
 from fork_attn import hf
@@ -41,7 +42,7 @@ class Way(ABC):
     def kv_bytes(self) -> int:
         """Of K and V that are held."""
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027
         """Lets go of the threads."""
 
     def note(self) -> None:
@@ -172,12 +173,14 @@ class Stock(Way):
         self.note()
 
     def kv_bytes(self) -> int:
-        return sum(
-            t.numel() * t.element_size()
+        tensors = (
+            tensor
             for cache in [self.prompt, *self.caches]
             for layer in cache.layers
-            for t in (layer.keys, layer.values)
+            if isinstance(layer, DynamicLayer)
+            for tensor in (layer.keys, layer.values)
         )
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def end(self) -> None:
         self.caches = []

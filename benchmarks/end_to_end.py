@@ -29,9 +29,12 @@ from fork_attn.demo.baseline import plain_copy
 
 SCHEMA = 1
 # Prompt tokens and threads; real widths first, then best-of-64.
-CELLS = {"cpu": ((1024, 2), (1024, 5), (4096, 1), (4096, 3), (4096, 5), (1024, 64))}
-CELLS["cuda"] = (*CELLS["cpu"], (16384, 5), (4096, 64), (4096, 128))
-CELLS["quick"] = ((64, 1), (64, 3))
+_REAL = ((1024, 2), (1024, 5), (4096, 1), (4096, 3), (4096, 5), (1024, 64))
+CELLS: dict[str, tuple[tuple[int, int], ...]] = {
+    "cpu": _REAL,
+    "cuda": (*_REAL, (16384, 5), (4096, 64), (4096, 128)),
+    "quick": ((64, 1), (64, 3)),
+}
 # Of a trace's published lengths: what a CPU decodes in seconds.
 SCALE = {"cpu": 1 / 80, "cuda": 1.0, "quick": 1 / 800}
 FIRST_TOKEN = 7
@@ -73,7 +76,12 @@ def compare_logits(ways: Mapping[str, Way], length: int, threads: int) -> dict[s
 
 
 def run_cell(
-    ways: Mapping[str, Way], length: int, threads: int, blocks: int, steps: int, device: torch.device
+    ways: Mapping[str, Way],
+    length: int,
+    threads: int,
+    blocks: int,
+    steps: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Seconds of one greedy step of all threads, in blocks; and of the fork that begins a block."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
@@ -156,7 +164,8 @@ def run_continuous(
     )
     requests = [[*prompt[:-1], FIRST_TOKEN + i] for i in range(threads)]
     began = time.perf_counter()
-    answers = model.generate_batch(
+    generate: Any = model.generate_batch
+    answers = generate(
         requests, generation_config=options, continuous_batching_config=config, warmup=False
     )
     stock = time.perf_counter() - began

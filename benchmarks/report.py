@@ -1,7 +1,7 @@
 """Writes README's headline, the tables of docs/benchmarks.md and its pictures from the results.
 
-    python benchmarks/report.py            # after a measurement
-    python benchmarks/report.py --check    # exit status 1 where something is stale
+python benchmarks/report.py            # after a measurement
+python benchmarks/report.py --check    # exit status 1 where something is stale
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fork_attn.bench.measure import best_rival, ours
 from svg_chart import Series, bars, lines
+
+from fork_attn.bench.measure import best_rival, ours
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -109,7 +110,8 @@ def _roofline(result: Result) -> str | None:
     marks: dict[str, list[tuple[float, float]]] = {"fork_attn": [], "best rival": []}
     for row in rows:
         intensity = row["flops"] / row["moved_bytes"]
-        for label, name in (("fork_attn", ours(row, "cold")), ("best rival", best_rival(row, "cold"))):
+        fastest = (("fork_attn", ours(row, "cold")), ("best rival", best_rival(row, "cold")))
+        for label, name in fastest:
             if name is not None:
                 seconds = row["ways"][name]["cold"]["median"]
                 marks[label].append((intensity, row["flops"] / seconds / 1e9))

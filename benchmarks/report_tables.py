@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fork_attn.bench.measure import best_rival, geomean, of_limit, ours, over_best_rival
 from report_plots import main_rows, setting
+
+from fork_attn.bench.measure import best_rival, geomean, of_limit, ours, over_best_rival
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -125,7 +126,7 @@ def _suite(result: Result) -> str:
     settings = list(dict.fromkeys(setting(r) for r in result["cases"]))
     for name in settings:
         rows = [r for r in result["cases"] if setting(r) == name]
-        rivals = [n for n in dict.fromkeys(n for r in rows for n in r["ways"])]
+        rivals = list(dict.fromkeys(n for r in rows for n in r["ways"]))
         rivals = [n for n in rivals if not n.startswith("fork_attn")]
         graph = any("graph" in way for r in rows for way in r["ways"].values())
         lines += ["", f"**{name}**", "", *_table(rows, rivals, result["step_layers"], graph)]

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from svg_chart import Series, lines
 
 import fork_attn as fa
 from fork_attn import _C
@@ -19,7 +20,6 @@ from fork_attn.bench.grow import grow, pages_of
 from fork_attn.bench.measure import geomean, ours
 from fork_attn.bench.shapes import SHAPES, Heads
 from fork_attn.plan import Plan, build_plan
-from svg_chart import Series, lines
 
 Result = dict[str, Any]
 
@@ -188,5 +188,5 @@ def pictures(results: list[Result]) -> dict[str, str]:
     weights = [(w, predict(model, w, prefix, 8).weights_ms) for w in WIDTHS]
     series.append(Series("8 cards, copies", copies, dashed=True))
     series.append(Series("8 cards, weights", weights, dashed=True))
-    title = f"Predicted: attention of a step of {model.name}, prefix {prefix}, own {SUFFIX}, {TARGET}"
+    title = f"Predicted: attention of a step of {model.name}, prefix {prefix}, own {SUFFIX}"
     return {"bench-simulation.svg": lines(title, "branches", "ms a step, one card", series)}

@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("--quick", action="store_true", help="a small subset of the shapes")
     parser.add_argument(
-        "--against", type=Path, metavar="FILE", help="results to hold these against; exit status 1"
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="results to hold these against; exit status 1"
         " where a ratio to a rival fell beyond noise",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -30,9 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=measure.DTYPES, help="of K and V")
     parser.add_argument("--page-sizes", nargs="+", type=int, metavar="N")
     parser.add_argument("--ways", nargs="+", metavar="NAME", help="implementations, of --list")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing each case (default 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the result, a CSV beside it")
-    parser.add_argument("--list", action="store_true", help="shapes and implementations; runs nothing")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="of timing each case (default 2)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="writes the result, a CSV beside it"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="shapes and implementations; runs nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,9 +54,7 @@ def run(args: argparse.Namespace) -> int:
             if name not in WAYS:
                 raise ValueError(f"ways: expected of {', '.join(WAYS)}, got {name!r}")
         heads = [Heads.parse(text) for text in args.heads] if args.heads else None
-        todo = measure.cases(
-            device, args.quick, args.shapes, heads, args.dtypes, args.page_sizes
-        )
+        todo = measure.cases(device, args.quick, args.shapes, heads, args.dtypes, args.page_sizes)
         then = json.loads(args.against.read_text()) if args.against else None
         if then is not None:
             _require_same_kind(device, then)

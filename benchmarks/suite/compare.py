@@ -53,8 +53,8 @@ class Comparison:
 
 
 def compare(now: dict[str, Any], then: dict[str, Any]) -> Comparison:
-    """Compares times of our kernel (cold), each as a ratio to a rival timed in the same run, so that
-    a faster or busier machine moves both.
+    """Compares times of our kernel (cold), each as a ratio to a rival timed in the same run: a
+    faster or busier machine moves both.
 
     Raises:
         ValueError: another kind of machine or another format of results, or no case in common.
@@ -80,11 +80,7 @@ def compare(now: dict[str, Any], then: dict[str, Any]) -> Comparison:
 def _change(now: dict[str, Any], then: dict[str, Any]) -> Change | None:
     """Against the rival whose own times spread least of those that ran both times."""
     mine, theirs = ours(now, "cold"), ours(then, "cold")
-    rivals = [
-        name
-        for name, way in now["ways"].items()
-        if not way["ours"] and name in then["ways"]
-    ]
+    rivals = [name for name, way in now["ways"].items() if not way["ours"] and name in then["ways"]]
     if mine is None or theirs is None or not rivals:
         return None
     rival = min(rivals, key=lambda name: _spread(now, name) * _spread(then, name))

@@ -128,7 +128,9 @@ class Forest:
             while begin < end:
                 first = paths[begin]
                 stop = begin + 1
-                while stop < end and len(paths[stop]) > depth and paths[stop][depth] == first[depth]:
+                while (
+                    stop < end and len(paths[stop]) > depth and paths[stop][depth] == first[depth]
+                ):
                     stop += 1
                 last = depth + 1
                 same = paths[begin:stop]

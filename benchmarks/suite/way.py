@@ -21,8 +21,8 @@ class Way(ABC):
     """One implementation of tree attention on one set of inputs.
 
     The suite calls `available`, `build`, `plan`, then `run` for layers in turn, and `output`. K and
-    V lie in as many layers as `build` was told, so that a call can find its own in memory and not in
-    the caches.
+    V lie in as many layers as `build` was told, so that a call can find its own in memory and not
+    in the caches.
     """
 
     name: ClassVar[str]

@@ -1,8 +1,9 @@
-"""flash-attn 2 and 3 over paged K and V: page tables that share physical pages, and FlashAttention-3
-once per level of the tree with this package's merge."""
+"""flash-attn 2 and 3 over page tables that share physical pages, and FlashAttention-3 once per
+level of the tree with this package's merge."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class Flash3Merged(Way):
     ) -> dict[str, Any]:
         device = self.inputs.device
         lengths = [t.length for t in tables]
-        widths = [b - a for a, b in zip(begins, begins[1:], strict=False)]
+        widths = [b - a for a, b in pairwise(begins)]
         return {
             "cache_seqlens": torch.tensor(lengths, dtype=torch.int32, device=device),
             "page_table": padded(pool, tables),

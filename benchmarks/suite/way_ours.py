@@ -16,8 +16,7 @@ from fork_attn.bench.way import Absent, Way, need, register
 
 
 class Forked(Way):
-    """A ForkedKVCache grown with its verbs: fork, step, join. Pages lie scattered, as in a pool that
-    is long in use."""
+    """A ForkedKVCache grown with its verbs; pages lie scattered, as in a pool long in use."""
 
     backend: ClassVar[ops.Backend]
     ours = True
@@ -63,9 +62,7 @@ class Forked(Way):
         first = begins[-1]
         self.new_kv = (inputs.k[first:], inputs.v[first:])
         self.open: fa.Step | None = None
-        self.plan()
-        assert self.open is not None
-        self._store(self.open, first, first + forest.num_rows)
+        self._store(self._begin(), first, first + forest.num_rows)
 
     def _scatter(self, pages: int) -> None:
         fillers = [self.cache.new_branch() for _ in range(pages)]
@@ -82,11 +79,15 @@ class Forked(Way):
             k_cache[page, slot] = self.inputs.k[begin:end]
             v_cache[page, slot] = self.inputs.v[begin:end]
 
-    def plan(self) -> None:
-        """Opens the step and plans it."""
+    def _begin(self) -> fa.Step:
         self.close()
         self.open = self.cache.step(self.tokens)
         self.ready = self.open.plan
+        return self.open
+
+    def plan(self) -> None:
+        """Opens the step and plans it."""
+        self._begin()
 
     def run(self, layer: int) -> Tensor:
         caches = self.cache.layer(layer)
@@ -94,12 +95,10 @@ class Forked(Way):
 
     def step(self, layers: int, held: int) -> None:
         """The whole of it: open, plan, store the new K and V and attend in every layer, close."""
-        self.plan()
-        assert self.open is not None
+        step = self._begin()
         for layer in range(layers):
-            self.cache.attend(layer % held, self.inputs.q, *self.new_kv, self.open)
+            self.cache.attend(layer % held, self.inputs.q, *self.new_kv, step)
         self.close()
-        self.open = None
 
     def held_bytes(self) -> int:
         return self.cache.stats().kv_bytes // self.cache.num_layers
@@ -107,12 +106,16 @@ class Forked(Way):
     def close(self) -> None:
         if self.open is not None and self.open.state == "open":
             self.open.rollback()
+        self.open = None
 
 
-def _declare(kind: ops.Backend) -> type[Forked]:
-    made = type(f"Forked_{kind}", (Forked,), {"name": f"fork_attn_{kind}", "backend": kind})
-    return register(made)  # type: ignore[return-value]
+def _declare(kind: ops.Backend) -> type[Way]:
+    made: type[Forked] = type(
+        f"Forked_{kind}", (Forked,), {"name": f"fork_attn_{kind}", "backend": kind}
+    )
+    return register(made)
 
 
-for _backend in ("cpu", "triton", "cuda", "flash_attn"):
-    _declare(_backend)  # type: ignore[arg-type]
+BACKENDS: tuple[ops.Backend, ...] = ("cpu", "triton", "cuda", "flash_attn")
+for _backend in BACKENDS:
+    _declare(_backend)
