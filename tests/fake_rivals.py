@@ -1,10 +1,11 @@
 """Stand-ins for attention packages that need a GPU: the same calls, in plain torch.
 
-They show that page tables, lengths and row ranges say what they should, not that the packages agree.
+They show that page tables, lengths and row ranges say what they should, no more.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,7 +46,7 @@ def flash_attn_with_kvcache(
         bounds = [i * q.shape[1] for i in range(len(q) + 1)]
     else:
         bounds = cu_seqlens_q.tolist()
-        assert max_seqlen_q == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        assert max_seqlen_q == max(b - a for a, b in pairwise(bounds))
     flat = q if cu_seqlens_q is not None else q.flatten(0, 1)
     outs, lses = [], []
     for i, length in enumerate(cache_seqlens.tolist()):

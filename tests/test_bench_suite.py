@@ -44,7 +44,7 @@ def test_ways_that_run_on_a_cpu_are_right(name: str, dtype: torch.dtype) -> None
     inputs = Inputs(FORESTS[name](), setting(dtype))
     # Compiling takes seconds: FlexAttention has a test of its own.
     kinds = [kind for kind in WAYS.values() if kind.name != "flex_attention"]
-    ready, errors, absent = measure.build_ways(inputs, 2, kinds)
+    ready, _, absent = measure.build_ways(inputs, 2, kinds)
     expected = {"fork_attn_cpu", "sdpa_per_branch", "sdpa_batched", "grouped_matmul"}
     expected -= {"sdpa_batched"} if name == "inner" else set()
     assert expected <= set(ready)
@@ -183,7 +183,7 @@ def test_every_shape_builds_and_every_family_is_there() -> None:
 
 
 def test_cases_name_what_is_unknown() -> None:
-    with pytest.raises(ValueError, match="shapes: expected of .* got 'S99'"):
+    with pytest.raises(ValueError, match=r"shapes: expected of .* got 'S99'"):
         measure.cases(CPU, shapes=["S99"])
     with pytest.raises(ValueError, match="heads: expected like"):
         Heads.parse("32")
@@ -231,7 +231,7 @@ def test_wrong_and_broken_rivals_are_absent_with_a_reason() -> None:
 
 def test_nothing_is_measured_where_we_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Wrong, "ours", True)
-    with pytest.raises(RuntimeError, match="wrong by 1.0"):
+    with pytest.raises(RuntimeError, match=r"wrong by 1\.0"):
         measure.build_ways(Inputs(FORESTS["shared"](), setting()), 1, [_Wrong])
 
 

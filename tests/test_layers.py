@@ -81,11 +81,13 @@ def _imports(path: Path, module: str) -> Iterator[Import]:
     yield from walk(ast.parse(path.read_text(encoding="utf-8")), False)
 
 
-def violations(package: Path, kernels: Path) -> list[str]:
-    """What is wrong with the imports of a package tree laid out like ours; empty if nothing."""
+def violations(package: Path, **elsewhere: Path) -> list[str]:
+    """What is wrong with the imports of a package tree laid out like ours; empty if nothing.
+    `elsewhere` are folders that are installed inside the package, by the name they have there."""
     modules = {_name(p, package): p for p in sorted(package.rglob("*.py"))}
-    for path in sorted(kernels.rglob("*.py")):
-        modules[".".join(filter(None, ["kernels", _name(path, kernels)]))] = path
+    for inside, folder in elsewhere.items():
+        for path in sorted(folder.rglob("*.py")):
+            modules[".".join(filter(None, [inside, _name(path, folder)]))] = path
     top_level = {name.split(".")[0] for name in modules} | {"_C"}
     wrong = [f"{name}: not in LAYERS" for name in sorted(top_level) if name not in LAYER_OF]
 
@@ -116,7 +118,8 @@ def _arrow(own: str, other: str, item: Import) -> list[str]:
 
 
 def test_imports_go_one_way() -> None:
-    assert violations(ROOT / "python" / "fork_attn", ROOT / "kernels" / "fork_attn_triton") == []
+    folders = {"kernels": ROOT / "kernels/fork_attn_triton", "bench": ROOT / "benchmarks/suite"}
+    assert violations(ROOT / "python" / "fork_attn", **folders) == []
 
 
 @pytest.mark.parametrize(
@@ -159,9 +162,9 @@ def test_a_bad_arrow_is_found(tmp_path: Path, file: str, source: str, complaint:
             path.write_text(text)
 
     write(good)
-    assert violations(tmp_path / "fork_attn", tmp_path / "kernels") == []
+    assert violations(tmp_path / "fork_attn", kernels=tmp_path / "kernels") == []
     write({file: source})
-    found = violations(tmp_path / "fork_attn", tmp_path / "kernels")
+    found = violations(tmp_path / "fork_attn", kernels=tmp_path / "kernels")
     assert len(found) == 1 and complaint in found[0], found
 
 

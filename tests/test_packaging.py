@@ -63,7 +63,7 @@ def sources(folder: Path) -> set[str]:
 
 def test_sdist_holds_the_sources_and_no_build(sdist: Path) -> None:
     files = {p.relative_to(sdist).as_posix() for p in sdist.rglob("*") if p.is_file()}
-    for folder in ("csrc", "kernels", "python"):
+    for folder in ("csrc", "kernels", "python", "benchmarks"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".pyi", ".h", ".cpp", ".cu", ".typed"):
                 assert path.relative_to(ROOT).as_posix() in files
@@ -80,6 +80,7 @@ def test_wheel_holds_the_package(wheel: Path) -> None:
     expected = {f"fork_attn/{name}" for name in sources(ROOT / "python" / "fork_attn")}
     kernels = sources(ROOT / "kernels" / "fork_attn_triton")
     expected |= {f"fork_attn/kernels/{name}" for name in kernels}
+    expected |= {f"fork_attn/bench/{name}" for name in sources(ROOT / "benchmarks" / "suite")}
     expected |= {"fork_attn/py.typed", "fork_attn/_C.pyi"}
     assert {n for n in names if n.endswith((".py", ".pyi", ".typed"))} == expected
     modules = [n for n in names if n.endswith(".so")]
