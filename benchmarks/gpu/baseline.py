@@ -1,6 +1,7 @@
-"""The machine's roofs, and rival attention kernels on shared-prefix decode: what there is to beat.
+"""The machine's roofs: bandwidth, the dense matmul rate, and dense attention.
 
 Run by `make gpu`. `--dry` runs small shapes on the CPU, to try this program where there is no GPU.
+Attention over trees is measured by `fork-attn bench`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import DRY_CASES, GPU_CASES, Case, PagedInputs
-from machine import clocks, commit, machine, versions
-from rivals import RIVALS, Absent, prepare
-from timing import Times, measure
+from machine import commit, machine, versions
+from timing import measure
+
+from fork_attn.bench.machine import clocks
 
 
 def main() -> None:
@@ -45,10 +46,6 @@ def main() -> None:
         "clocks_before": before,
         "roofs": roofs,
         "dense_attention": measure_dense_attention(device, args.rounds),
-        "shared_prefix_decode": [
-            measure_case(case, device, args.rounds, roofs["copy_bytes_per_second"])
-            for case in (DRY_CASES if args.dry else GPU_CASES)
-        ],
         "clocks_after": clocks(),
     }
     args.out.mkdir(parents=True, exist_ok=True)
@@ -133,45 +130,6 @@ def _dense_calls(
         return calls, {"fa3": f"{type(error).__name__}: {error}"}
     calls["fa3"] = lambda: flash_attn_func(q, k, v, causal=causal)
     return calls, {}
-
-
-def measure_case(case: Case, device: torch.device, rounds: int, bandwidth: float) -> dict[str, Any]:
-    """All rivals on one shape, in turn; `fraction_of_copy` is unique bytes / time / `bandwidth`."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    inputs = PagedInputs(case, device, dtype)
-    unique = case.unique_bytes(inputs.q.element_size())
-    calls, plans, absent = {}, {}, {}
-    for name in RIVALS:
-        try:
-            ready, plans[name] = prepare(name, inputs)
-            calls[name] = ready.run
-        except Absent as reason:
-            absent[name] = str(reason)
-    print(f"\n{case.name}: reuse {case.reuse:.1f}, unique {unique / 1e6:.1f} MB", flush=True)
-    row: dict[str, Any] = {
-        "case": case.name,
-        **asdict(case),
-        "page_size": inputs.k_cache.shape[1],
-        "dtype": str(dtype).removeprefix("torch."),
-        "reuse": case.reuse,
-        "unique_bytes": unique,
-        "rivals": {},
-        "absent": absent,
-    }
-    for name, times in measure(calls, device, rounds).items():
-        row["rivals"][name] = _result(name, times, plans[name], unique, bandwidth)
-    for name, why in absent.items():
-        print(f"  {name:<32}absent: {why.splitlines()[0]}", flush=True)
-    return row
-
-
-def _result(
-    name: str, times: Times, plan_seconds: float | None, unique: int, bandwidth: float
-) -> dict[str, Any]:
-    fraction = unique / times.median / bandwidth
-    plan = "" if plan_seconds is None else f"  plan {plan_seconds * 1e6:.0f} us"
-    print(f"  {name:<32}{times.median * 1e6:10.1f} us  {fraction:6.1%} of copy{plan}", flush=True)
-    return {**asdict(times), "plan_seconds": plan_seconds, "fraction_of_copy": fraction}
 
 
 if __name__ == "__main__":

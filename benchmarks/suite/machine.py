@@ -76,7 +76,14 @@ def load_average() -> list[float]:
     return [round(x, 2) for x in os.getloadavg()]
 
 
-def _versions() -> dict[str, str | None]:
+def nvcc_version() -> str | None:
+    """nvcc's last line, or None where there is no nvcc."""
+    text = _output("nvcc", "--version")
+    return text.splitlines()[-1] if text else None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of packages, and of the rivals that PEERS carries; None: not installed."""
     found: dict[str, str | None] = {"fork-attn": fork_attn.__version__}
     for name in _PACKAGES:
         try:
@@ -98,7 +105,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

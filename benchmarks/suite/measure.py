@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import time
@@ -23,7 +22,7 @@ from fork_attn.bench import (  # noqa: F401  the ways register themselves
 )
 from fork_attn.bench.inputs import TOLERANCE, Inputs, Setting
 from fork_attn.bench.machine import Limits, clocks, load_average, machine
-from fork_attn.bench.shapes import CPU_HEADS, GPU_HEADS, PAGE_SIZES, SHAPES, Heads, Shape
+from fork_attn.bench.shapes import HEADS, PAGE_SIZES, SHAPES, Heads, Shape
 from fork_attn.bench.timing import Timer, graphed, in_turn
 from fork_attn.bench.way import WAYS, Absent, Way
 
@@ -32,6 +31,7 @@ COLD_BYTES = 128 << 20
 """Of K and V that a way reads on a CPU before it comes back to the same layer: more than caches
 hold. A GPU's L2 is flushed instead."""
 STEP_LAYERS = {"cpu": 4, "cuda": 36}
+GPU_QUICK = ("S1", "S2", "S3", "S6", "N1", "N2", "N4", "U1", "T-8192-8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,8 +57,8 @@ def cases(
     dtypes: Iterable[str] | None = None,
     page_sizes: Iterable[int] | None = None,
 ) -> list[Case]:
-    """What is measured: on a CPU shapes that it does in a second or so, on a GPU all of them; what
-    is given replaces the default."""
+    """What is measured: on a CPU shapes that it does in a second or so, on a GPU all of them, with
+    the first setting of heads and pages of 16; what is given replaces the default."""
     gpu = device.type == "cuda"
     chosen = list(shapes) if shapes is not None else None
     for name in chosen or ():
@@ -68,11 +68,10 @@ def cases(
     if chosen is None and not gpu:
         wanted = [s for s in wanted if s.cpu == "quick" or (s.cpu == "full" and not quick)]
     if chosen is None and gpu and quick:
-        wanted = [s for s in wanted if s.id in ("S1", "S2", "S3", "S6", "N1", "N2", "N4", "U1")]
-    default = GPU_HEADS[:1] if gpu and quick else GPU_HEADS if gpu else CPU_HEADS[:1]
-    all_heads = list(heads) if heads is not None else list(default)
+        wanted = [SHAPES[name] for name in GPU_QUICK]
+    all_heads = list(heads) if heads is not None else list(HEADS[:1])
     all_dtypes = list(dtypes) if dtypes is not None else ["bf16"] if gpu else ["bf16", "fp32"]
-    sizes = list(page_sizes) if page_sizes is not None else list(PAGE_SIZES if gpu else (16,))
+    sizes = list(page_sizes) if page_sizes is not None else list(PAGE_SIZES[:1])
     return [
         Case(shape, Setting(h, DTYPES[d], size, device))
         for h in all_heads
@@ -128,12 +127,13 @@ def run_case(
     cpu = setting.device.type == "cpu"
     layers = -(-COLD_BYTES // inputs.unique_bytes) if cpu else 1
     kinds = [kind for name, kind in WAYS.items() if only is None or name in only]
-    skipped = [k for k in kinds if k.slow_build and cpu and not _compiles(case)]
+    skipped = [k for k in kinds if k.slow_build and not _compiles(case)]
     ways, errors, absent = build_ways(inputs, layers, [k for k in kinds if k not in skipped])
-    absent |= {kind.name: "compiled for the quick shapes in bf16 only" for kind in skipped}
+    absent |= {kind.name: "compiled for a few shapes in bf16 only" for kind in skipped}
     timer = Timer(setting.device, seconds / 4)
+    graph_absent: dict[str, str] = {}
     try:
-        times = _times(ways, timer, layers)
+        times = _times(ways, timer, layers, graph_absent)
     finally:
         for way in ways.values():
             way.close()
@@ -150,14 +150,18 @@ def run_case(
             for name, way in ways.items()
         },
         "absent": absent,
+        "graph_absent": graph_absent,
     }
 
 
 def _compiles(case: Case) -> bool:
-    return case.shape.cpu == "quick" and case.setting.dtype == torch.bfloat16
+    few = case.shape.cpu == "quick" or case.shape.id in GPU_QUICK
+    return few and case.setting.dtype == torch.bfloat16
 
 
-def _times(ways: dict[str, Way], timer: Timer, layers: int) -> dict[str, Any]:
+def _times(
+    ways: dict[str, Way], timer: Timer, layers: int, graph_absent: dict[str, str]
+) -> dict[str, Any]:
     gpu = timer.device.type == "cuda"
     calls = {name: in_turn(way.run, layers) for name, way in ways.items()}
     warm = {name: (lambda way=way: way.run(0)) for name, way in ways.items()}
@@ -167,8 +171,10 @@ def _times(ways: dict[str, Way], timer: Timer, layers: int) -> dict[str, Any]:
     if gpu:
         graphs = {}
         for name, call in warm.items():
-            with contextlib.suppress(Exception):  # not all can be captured; the rest is replayed
+            try:
                 graphs[name] = graphed(call)
+            except Exception as error:  # not all can be captured; the rest is replayed
+                graph_absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         times["graph"] = timer.measure(graphs, cold=True) if graphs else {}
     count = STEP_LAYERS[timer.device.type]
     steps = {name: (lambda way=way: way.step(count, layers)) for name, way in ways.items()}

@@ -24,7 +24,7 @@ class Shape:
         id: such as "S2"; its first letter is the family.
         text: what it is, for people.
         make: builds the forest.
-        cpu: "quick": measured on CPUs always; "full": unless --quick; "no": for GPUs only.
+        cpu: "quick": measured on CPUs always; "full": unless --quick; "no": only where it is named.
     """
 
     id: str
@@ -70,8 +70,8 @@ class Heads:
         return found
 
 
-GPU_HEADS = tuple(map(Heads.parse, ("32/8", "64/8", "8/1", "32/32", "16/8", "16/1")))
-CPU_HEADS = tuple(map(Heads.parse, ("32/8x128", "9/3x64")))
+HEADS = tuple(map(Heads.parse, ("32/8", "64/8", "8/1", "32/32", "16/8", "16/1", "9/3x64")))
+"""The suite's settings; the first is what is measured unless others are named."""
 PAGE_SIZES = (16, 64)
 
 _LEVELS = {
