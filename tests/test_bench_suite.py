@@ -90,6 +90,7 @@ def test_paged_rivals_are_told_the_tree(
     if kind in (way_flash.Flash2, way_flash.Flash3) and len(rows) > 1:
         pytest.skip("takes equal numbers of rows")
     monkeypatch.setattr(kind, "module", module, raising=False)
+    monkeypatch.setattr(way_flashinfer, "WORKSPACE_BYTES", 16)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_rivals.varlen_attn)
     inputs = Inputs(forest, setting())
     way = kind(inputs)
@@ -235,7 +236,8 @@ def test_nothing_is_measured_where_we_are_wrong(monkeypatch: pytest.MonkeyPatch)
         measure.build_ways(Inputs(FORESTS["shared"](), setting()), 1, [_Wrong])
 
 
-def test_a_case_has_every_figure() -> None:
+def test_a_case_has_every_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "COLD_BYTES", 1 << 16)
     shape = SHAPES["S6"]
     small = type(shape)("S0", "tiny", FORESTS["shared"], "full")
     limits: Any = SimpleNamespace(stream={"read": 1e9}, rate=lambda *_: 1e9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +36,12 @@ class Inputs:
         q: (T, q heads, dim).
         k, v: (N, KV heads, dim), every token once: the nodes' in order, then the new ones' by row.
         node_begin: first slot of each node; the first new token's slot last.
+        shared: layouts that several ways read.
     """
 
     def __init__(self, forest: Forest, setting: Setting, seed: int = 0) -> None:
         self.forest, self.setting = forest, setting
+        self.shared: dict[str, Any] = {}
         heads, device = setting.heads, setting.device
         begins = [0]
         for node in forest.nodes:

@@ -12,24 +12,34 @@ from fork_attn.bench.way import Absent, Way, need, no_draft, register
 
 
 class Copied(Way):
-    """Each query's context gathered: what a cache per branch holds."""
+    """Each query's context gathered, padded to the longest: what a cache per branch holds. The two
+    ways of this kind share their copies; the other one is always half of the layers away."""
 
     @classmethod
     def available(cls, inputs: Inputs) -> None:
-        need(inputs.forest.copied_slots * inputs.slot_bytes, inputs, "a copy for each branch")
+        need(_padded_slots(inputs) * inputs.slot_bytes, inputs, "a copy for each branch")
 
-    def held_bytes(self) -> int:
-        return self.inputs.forest.copied_slots * self.inputs.slot_bytes
+    def build(self, layers: int) -> None:
+        inputs, forest = self.inputs, self.inputs.forest
+        self.layers = layers
+        self.lengths = [c + q.rows for c, q in zip(forest.contexts, forest.queries, strict=True)]
+        if "copies" not in inputs.shared:
+            size = layers * _padded_slots(inputs) * inputs.slot_bytes
+            need(size, inputs, f"{layers} layers of copies")
+            inputs.shared["copies"] = self._copies(layers)
+        self.kv: list[tuple[Tensor, Tensor]] = inputs.shared["copies"]
 
-    def need_layers(self, layers: int, slots: int) -> None:
-        need(layers * slots * self.inputs.slot_bytes, self.inputs, f"{layers} layers of copies")
-
-    def gathered(self, query: int) -> tuple[Tensor, Tensor]:
-        """(KV heads, context + rows, dim) of K and of V, contiguous."""
+    def _copies(self, layers: int) -> list[tuple[Tensor, Tensor]]:
+        """K and V of each layer, (n, KV heads, longest, dim)."""
         inputs = self.inputs
-        slots = torch.cat([inputs.context_slots(query), inputs.own_slots(query)])
-        k, v = (x[slots].transpose(0, 1).contiguous() for x in (inputs.k, inputs.v))
-        return k, v
+        heads = inputs.setting.heads
+        shape = (len(self.lengths), heads.kv, max(self.lengths), heads.dim)
+        k, v = (torch.zeros(shape, dtype=inputs.k.dtype, device=inputs.device) for _ in "kv")
+        for query, length in enumerate(self.lengths):
+            slots = torch.cat([inputs.context_slots(query), inputs.own_slots(query)])
+            k[query, :, :length] = inputs.k[slots].transpose(0, 1)
+            v[query, :, :length] = inputs.v[slots].transpose(0, 1)
+        return [(k, v), *((k.clone(), v.clone()) for _ in range(layers - 1))]
 
     def rows_mask(self, query: int) -> Tensor | None:
         """(rows * group, context + rows) bool, or None where every row sees everything."""
@@ -40,6 +50,12 @@ class Copied(Way):
         context = inputs.forest.contexts[query]
         mask = torch.cat([own.new_ones(len(own), context), own], 1)
         return mask.repeat_interleave(inputs.setting.heads.group, 0)
+
+
+def _padded_slots(inputs: Inputs) -> int:
+    forest = inputs.forest
+    pairs = zip(forest.contexts, forest.queries, strict=True)
+    return len(forest.queries) * max(context + q.rows for context, q in pairs)
 
 
 def _grouped(q: Tensor, inputs: Inputs) -> Tensor:
@@ -61,21 +77,26 @@ class SdpaPerBranch(Copied):
     name = "sdpa_per_branch"
 
     def build(self, layers: int) -> None:
-        self.need_layers(layers, self.inputs.forest.copied_slots)
-        queries = range(len(self.inputs.forest.queries))
-        self.kv = [[self.gathered(i) for i in queries] for _ in range(layers)]
-        self.masks = [self.rows_mask(i) for i in queries]
+        super().build(layers)
+        self.masks = [self.rows_mask(i) for i in range(len(self.lengths))]
         self.out = torch.empty_like(self.inputs.q)
 
     def run(self, layer: int) -> Tensor:
         inputs = self.inputs
-        for query, (k, v) in enumerate(self.kv[layer]):
-            rows = inputs.rows(query)
-            q = _grouped(inputs.q[rows], inputs)
-            mask = self.masks[query]
-            out = scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)
+        k, v = self.kv[layer]
+        for query, length in enumerate(self.lengths):
+            rows, one = inputs.rows(query), slice(query, query + 1)
+            out = scaled_dot_product_attention(
+                _grouped(inputs.q[rows], inputs)[None],
+                k[one, :, :length],
+                v[one, :, :length],
+                attn_mask=self.masks[query],
+            )
             self.out[rows] = _ungrouped(out[0], inputs)
         return self.out
+
+    def held_bytes(self) -> int:
+        return sum(self.lengths) * self.inputs.slot_bytes
 
 
 @register
@@ -92,34 +113,31 @@ class SdpaBatched(Copied):
             raise Absent("branches add different numbers of tokens")
 
     def build(self, layers: int) -> None:
-        inputs, forest = self.inputs, self.inputs.forest
-        n, self.rows = len(forest.queries), forest.queries[0].rows
-        longest = max(forest.contexts) + self.rows
-        self.padded_slots = n * longest
-        self.need_layers(layers, self.padded_slots)
-        heads = inputs.setting.heads
-        shape = (n, heads.kv, longest, heads.dim)
-        k, v = (torch.zeros(shape, dtype=inputs.k.dtype, device=inputs.device) for _ in "kv")
-        full = forest.queries[0].rows == 1 and len(set(forest.contexts)) == 1
-        mask = torch.zeros(n, 1, self.rows * heads.group, longest, dtype=torch.bool)
-        for query in range(n):
-            one_k, one_v = self.gathered(query)
-            k[query, :, : one_k.shape[1]], v[query, :, : one_v.shape[1]] = one_k, one_v
+        super().build(layers)
+        inputs = self.inputs
+        self.rows = inputs.forest.queries[0].rows
+        n, longest = len(self.lengths), max(self.lengths)
+        self.mask: Tensor | None = None
+        if self.rows == 1 and len(set(self.lengths)) == 1:
+            return
+        group = inputs.setting.heads.group
+        mask = torch.zeros(n, 1, self.rows * group, longest, dtype=torch.bool)
+        for query, length in enumerate(self.lengths):
             seen = self.rows_mask(query)
-            mask[query, 0, :, : one_k.shape[1]] = True if seen is None else seen.cpu()
-        self.mask = None if full else mask.to(inputs.device)
-        self.kv = [(k, v), *((k.clone(), v.clone()) for _ in range(layers - 1))]
+            mask[query, 0, :, :length] = True if seen is None else seen.cpu()
+        self.mask = mask.to(inputs.device)
 
     def run(self, layer: int) -> Tensor:
         inputs = self.inputs
-        q = inputs.q.unflatten(0, (-1, self.rows))
         heads = inputs.setting.heads
+        q = inputs.q.unflatten(0, (-1, self.rows))
         q = q.unflatten(2, (heads.kv, heads.group)).transpose(1, 2).flatten(2, 3)
-        out = scaled_dot_product_attention(q, *self.kv[layer], attn_mask=self.mask)
+        k, v = self.kv[(layer + self.layers // 2) % self.layers]
+        out = scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
         return _ungrouped(out, inputs)
 
     def held_bytes(self) -> int:
-        return self.padded_slots * self.inputs.slot_bytes
+        return _padded_slots(self.inputs) * self.inputs.slot_bytes
 
 
 @register
