@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fork_attn import ops_cache
+from fork_attn import DeviceError, Unsupported, _C, ops_cache
 
 FP8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -331,14 +331,26 @@ def test_opcheck() -> None:
     store = arguments["store_kv"]
     k, v, k_cache, v_cache, slots, cos, sin, rows = store.values()
     ops = torch.ops.fork_attn
-    scaled = (k_cache.to(FP8), v_cache.to(FP8), slots, torch.ones(2), torch.ones(2))
     torch.library.opcheck(
         ops.store_kv.default, (k, v, k_cache, v_cache, slots, None, None, cos, sin, rows)
     )
-    torch.library.opcheck(ops.gather_kv.default, (*scaled, torch.float16))
+    torch.library.opcheck(ops.gather_kv.default, (k_cache, v_cache, slots))
     torch.library.opcheck(
         ops.shift_rope.default, (k_cache, v_cache, slots, slots + 1, cos, sin, rows)
     )
     pages = torch.tensor([0, 1], dtype=torch.int32)
     torch.library.opcheck(ops.copy_pages.default, ([k_cache, v_cache], pages, pages + 2))
     torch.library.opcheck(ops.move_slots.default, ([k_cache, v_cache], slots, slots - 1))
+
+
+def test_a_failed_launch_is_a_typed_error() -> None:
+    """Without a driver every launch fails; without device code every call says so."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    cache = torch.zeros(64)
+    pages = torch.tensor([0, 1], dtype=torch.int32)
+    pointers = (pages.data_ptr(), pages.data_ptr() + 4, 1)
+    error, message = (DeviceError, "copy_pages: ") if _C.cuda_info()["built"] else (Unsupported, "")
+    with pytest.raises(error, match=message):
+        _C.copy_pages((0, 0), [(cache.data_ptr(), 16, 16)], *pointers)
+    assert not cache.any()

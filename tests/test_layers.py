@@ -20,7 +20,7 @@ LAYERS = (
     ("errors", "_env", "_C"),
     ("checks",),
     ("kv_library",),
-    ("kv_checks",),
+    ("kv_checks", "quantise"),
     ("plan", "plan_format"),
     ("storage",),
     ("kernels",),

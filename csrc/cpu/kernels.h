@@ -31,7 +31,10 @@ struct TreeAttentionParams {
   RowTensor out;       // (T, num_q_heads, head_dim_v), dtype
   float* lse;          // (T, num_q_heads) contiguous, natural log, sinks included
   const float* sinks;  // (num_q_heads,) logits or null
-  DType dtype;         // of q, k_cache, v_cache and out
+  const float* k_scale;  // (num_kv_heads,) or null: what k_cache and v_cache are multiplied with
+  const float* v_scale;
+  DType dtype;     // of q and out
+  DType kv_dtype;  // of k_cache and v_cache: dtype, or e4m3
   int32_t num_q_heads;
   int32_t num_kv_heads;
   int32_t head_dim;

@@ -134,8 +134,9 @@ FORK_ATTN_HD void head_unit(const From* from, const Rope& rope, int64_t table_ro
 
 template <class T>
 FORK_ATTN_HD T* slot_row(const PagedTensor& t, int64_t slot, int32_t head, int32_t page_size) {
-  const int64_t page = slot / page_size;
-  const int64_t offset = slot - page * page_size;
+  // Caches have fewer than 2^31 slots; GPUs divide 64-bit numbers slowly.
+  const uint32_t page = static_cast<uint32_t>(slot) / static_cast<uint32_t>(page_size);
+  const uint32_t offset = static_cast<uint32_t>(slot) - page * static_cast<uint32_t>(page_size);
   return static_cast<T*>(t.data) + page * t.page_stride + offset * t.slot_stride +
          head * t.head_stride;
 }

@@ -9,7 +9,7 @@ import torch
 
 from fork_attn import _C, _env, checks
 from fork_attn.errors import Unsupported
-from fork_attn.kv_library import paged_argument, rows_argument, where
+from fork_attn.kv_library import DTYPE_CODES, paged_argument, rows_argument, where
 from fork_attn.plan import Plan
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "flash_attn", "reference"]
@@ -21,7 +21,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _library = torch.library.Library("fork_attn", "DEF")
 _library.define(
     "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor plan, float softmax_scale, "
-    "float softcap, Tensor? sinks) -> (Tensor, Tensor)"
+    "float softcap, Tensor? sinks, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)"
 )
 _library.define("merge_states(Tensor out, Tensor lse) -> (Tensor, Tensor)")
 
@@ -62,6 +62,8 @@ def _tree_attention_cpu(
     softmax_scale: float,
     softcap: float,
     sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_q_heads, head_dim = q.shape
     _, _, num_kv_heads, head_dim_v = v_cache.shape
@@ -74,8 +76,9 @@ def _tree_attention_cpu(
         paged_argument(v_cache),
         rows_argument(out),
         lse.data_ptr(),
-        0 if sinks is None else sinks.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (sinks, k_scale, v_scale)),
         _DTYPES[q.dtype],
+        DTYPE_CODES[k_cache.dtype],
         num_q_heads,
         num_kv_heads,
         head_dim,
@@ -94,6 +97,8 @@ def _tree_attention_fake(
     softmax_scale: float,
     softcap: float,
     sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty((q.shape[0], q.shape[1], v_cache.shape[3]))
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
@@ -157,24 +162,28 @@ def tree_attention(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query row over the slots that the plan lets it see; shared slots are read
     once.
 
-    Scores are q . k * softmax_scale, then the softcap, then the mask, then the softmax, accumulated
+    Scores are q . k * k_scale * softmax_scale, then the softcap, then the mask, then the softmax, accumulated
     in fp32 and merged over work items by their log-sum-exps (FlashAttention-2, arXiv 2307.08691).
 
     Args:
         q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16.
-        k_cache: (num_pages, page_size, num_kv_heads, head_dim), the dtype of `q`; any strides, last
-            dimension contiguous.
+        k_cache: (num_pages, page_size, num_kv_heads, head_dim), the dtype of `q` or float8_e4m3fn; any
+            strides, last dimension contiguous.
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise.
         plan: of the open step, for this layer's sliding window and GQA group.
         softmax_scale: None means head_dim ** -0.5.
         softcap: scores become softcap * tanh(score / softcap); None means no cap.
         sinks: (num_q_heads,) fp32 logits that join each row's softmax without a value (attention
             sinks, gpt-oss).
+        k_scale: (num_kv_heads,) fp32, what the K in an e4m3 cache is multiplied with; None means 1.
+        v_scale: (num_kv_heads,) fp32, likewise for V.
         backend: "auto", "cpu" or "reference" (float64, slow). `FORK_ATTN_BACKEND` sets what "auto"
             means.
 
@@ -199,15 +208,29 @@ def tree_attention(
             f"q: expected a multiple of the plan's group {plan.group} heads, got {num_q_heads}"
         )
     paged = ("num_pages", plan.page_size, num_q_heads // plan.group)
-    checks.tensor("k_cache", k_cache, shape=(*paged, head_dim), dtype=q.dtype, device=q.device)
-    checks.tensor("v_cache", v_cache, shape=(*paged, "head_dim_v"), dtype=q.dtype, device=q.device)
+    checks.tensor("k_cache", k_cache, shape=(*paged, head_dim), device=q.device)
+    if k_cache.dtype not in (q.dtype, torch.float8_e4m3fn):
+        raise TypeError(
+            f"k_cache: expected dtype {q.dtype} (that of q) or float8_e4m3fn, got {k_cache.dtype}"
+        )
+    shape = (*paged, "head_dim_v")
+    checks.tensor("v_cache", v_cache, shape=shape, dtype=k_cache.dtype, device=q.device)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            if k_cache.dtype != torch.float8_e4m3fn:
+                raise ValueError(f"{name}: expected None for a cache of {k_cache.dtype}, got a tensor")
+            checks.tensor(
+                name, scale, shape=(paged[2],), dtype=torch.float32, device=q.device
+            )
     if min(k_cache.shape[0], v_cache.shape[0]) < plan.page_limit:
         got = f"{k_cache.shape[0]} and {v_cache.shape[0]}"
         raise ValueError(
             f"k_cache, v_cache: expected at least the plan's {plan.page_limit} pages, got {got}"
         )
     options = check_scores(softmax_scale, softcap, sinks, num_q_heads, head_dim, q.device)
-    return run_tree_attention(q, k_cache, v_cache, plan, *options, backend_name)
+    return run_tree_attention(
+        q, k_cache, v_cache, plan, *options, k_scale, v_scale, backend=backend_name
+    )
 
 
 def check_scores(
@@ -242,6 +265,9 @@ def run_tree_attention(
     scale: float,
     cap: float,
     sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    *,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`tree_attention` of arguments that are checked, on a backend that is resolved."""
@@ -249,10 +275,15 @@ def run_tree_attention(
         from fork_attn.reference import tree_attention_reference
 
         return tree_attention_reference(
-            q, k_cache, v_cache, plan.buffer, softmax_scale=scale, softcap=cap or None, sinks=sinks
+            *(q, k_cache, v_cache, plan.buffer),
+            softmax_scale=scale,
+            softcap=cap or None,
+            sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fork_attn.tree_attention(
-        q, k_cache, v_cache, plan.buffer, scale, cap, sinks
+        q, k_cache, v_cache, plan.buffer, scale, cap, sinks, k_scale, v_scale
     )
     return result
 

@@ -10,6 +10,7 @@ import torch
 
 from fork_attn import checks, kv_library  # noqa: F401 - defines the ops
 from fork_attn.plan import PlanShape
+from fork_attn.quantise import E4M3, calibrate
 
 T = TypeVar("T")
 PerLayer = Union[T, Sequence[T]]  # noqa: UP007 - a generic alias must exist at run time
@@ -29,6 +30,10 @@ class Layer:
     # (num_pages, page_size, num_kv_heads, dim) views; in memory one head's page is contiguous.
     k_cache: torch.Tensor | None = None
     v_cache: torch.Tensor | None = None
+    # (num_kv_heads,) fp32 of an e4m3 layer; None until set or calibrated.
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    written: bool = False
 
     @property
     def group(self) -> int:
@@ -81,6 +86,19 @@ class KVStorage:
         widths = (x.num_kv_heads * (x.head_dim + x.head_dim_v) for x in self.layers)
         return self.page_size * self.dtype.itemsize * sum(widths)
 
+    def row_dtype(self, q: torch.Tensor) -> torch.dtype:
+        """What q, k and v have to be: the cache's dtype, or with an e4m3 cache that of q.
+
+        Raises:
+            TypeError: e4m3, and q is none of fp32, bf16 and fp16.
+        """
+        if self.dtype != E4M3:
+            return self.dtype
+        dtype = getattr(q, "dtype", None)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"q: expected dtype float32, bfloat16 or float16, got {dtype}")
+        return dtype
+
     def fit(self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Gives a layer its memory, in the shapes of its first q, k and v (T, heads, dim).
 
@@ -91,7 +109,7 @@ class KVStorage:
             return
         for name, value in (("q", q), ("k", k), ("v", v)):
             shape = ("T", "num_heads", "head_dim")
-            checks.tensor(name, value, shape=shape, dtype=self.dtype, device=self.device)
+            checks.tensor(name, value, shape=shape, dtype=self.row_dtype(q), device=self.device)
         group, rest = divmod(q.shape[1], k.shape[1])
         if rest or group != layer.group:
             raise ValueError(
@@ -101,6 +119,22 @@ class KVStorage:
         layer.num_q_heads, layer.num_kv_heads = q.shape[1], k.shape[1]
         layer.head_dim, layer.head_dim_v = k.shape[2], v.shape[2]
         self._allocate(layer)
+
+    def store(
+        self, layer: Layer, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Writes rows of K and V, checked, to their slots; the first write of an e4m3 layer whose
+        scales are not set sets them.
+
+        Raises:
+            ValueError: there are no scales yet, and k or v is not finite.
+        """
+        if self.dtype == E4M3 and layer.k_scale is None:
+            layer.k_scale, layer.v_scale = calibrate("k", k), calibrate("v", v)
+        layer.written = True
+        torch.ops.fork_attn.store_kv(
+            *(k, v, layer.k_cache, layer.v_cache, slot_mapping, layer.k_scale, layer.v_scale)
+        )
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole pages (from, to) in every layer (copy-on-write)."""

@@ -337,10 +337,10 @@ int main(int argc, char** argv) {
   rng.seed(seed);
   for (int round = 0; round < 25; ++round) {
     for (DType type : kTypes) {
-      test_store(type, type);
       test_gather(type, type);
       test_shift(type);
       if (type == DType::kFloat8E4M3) continue;
+      test_store(type, type);
       test_store(DType::kFloat8E4M3, type);
       test_gather(DType::kFloat8E4M3, type);
     }
