@@ -150,9 +150,9 @@ class Branch:
         if isinstance(position, str):
             if position not in ("max", "sum"):
                 raise ValueError(f"position: expected 'max', 'sum' or an int, got {position!r}")
-            core.join(self._handle, handles, position, 0)
+            core.join(self._handle, handles, position, 0, False, None)
         else:
-            core.join(self._handle, handles, "given", integer("position", position, low=0))
+            core.join(self._handle, handles, "given", integer("position", position, low=0), False, None)
         cache._forget(handles)
 
     def select(self, child: Branch) -> None:
@@ -185,7 +185,7 @@ class Branch:
             ValueError: not 0 <= start <= end <= length.
         """
         low, high = integer("start", start, low=0), integer("end", end, low=0)
-        self.cache._verb().excise(self._handle, low, high)
+        self.cache._verb().excise(self._handle, low, high, False)
 
     def page_table(self) -> torch.Tensor:
         """(num_pages,) int32: the pages of the context in order, token t in slot t % page_size of
