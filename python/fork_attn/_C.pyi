@@ -13,6 +13,9 @@ class PlanData:
     @property
     def page_limit(self) -> int: ...
     @property
+    def rotations(self) -> tuple[int, int]:
+        """First word and number of the plan's rotations, one word each."""
+    @property
     def cost_ns(self) -> float: ...
     @property
     def span_ns(self) -> list[float]: ...
