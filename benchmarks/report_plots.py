@@ -7,7 +7,7 @@ from typing import Any
 
 from svg_chart import Series, bars, lines
 
-from fork_attn.bench.measure import best_rival, ours
+from fork_attn.bench.results import best_rival, ours
 
 Result = dict[str, Any]
 Row = dict[str, Any]

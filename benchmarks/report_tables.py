@@ -7,7 +7,7 @@ from typing import Any
 
 from report_plots import main_rows, setting
 
-from fork_attn.bench.measure import best_rival, geomean, of_limit, ours, over_best_rival
+from fork_attn.bench.results import best_rival, geomean, of_limit, ours, over_best_rival
 
 Result = dict[str, Any]
 Row = dict[str, Any]

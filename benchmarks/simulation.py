@@ -17,7 +17,7 @@ import fork_attn as fa
 from fork_attn import _C
 from fork_attn.bench.forest import Forest, uniform
 from fork_attn.bench.grow import grow, pages_of
-from fork_attn.bench.measure import geomean, ours
+from fork_attn.bench.results import geomean, ours
 from fork_attn.bench.shapes import SHAPES, Heads
 from fork_attn.plan import Plan, build_plan
 

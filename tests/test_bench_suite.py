@@ -10,7 +10,7 @@ import fake_rivals
 import pytest
 import torch
 
-from fork_attn.bench import measure, way_flash, way_flashinfer, way_torch
+from fork_attn.bench import measure, results, way_flash, way_flashinfer, way_torch
 from fork_attn.bench.forest import Forest, Node, Query, sorted_forest, uniform
 from fork_attn.bench.inputs import TOLERANCE, Inputs, Setting
 from fork_attn.bench.paging import Pool, dense_tables
@@ -247,6 +247,6 @@ def test_a_case_has_every_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert way["cold"]["p20"] <= way["cold"]["median"] <= way["cold"]["p95"]
     assert row["limit_seconds"] == max(row["moved_bytes"], row["flops"]) / 1e9
     assert row["absent"]["flex_attention"].startswith("compiled for")
-    assert measure.over_best_rival(row) is not None and measure.of_limit(row) is not None
-    rows = list(measure.flat({"cases": [row]}))
+    assert results.over_best_rival(row) is not None and results.of_limit(row) is not None
+    rows = list(results.flat({"cases": [row]}))
     assert len(rows) == len(row["ways"]) + len(row["absent"])

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fork_attn.bench import compare, measure
+from fork_attn.bench import compare, measure, results
+from fork_attn.bench.machine import kind, machine
 from fork_attn.bench.shapes import SHAPES, Heads
 from fork_attn.bench.way import WAYS
 
@@ -86,8 +87,8 @@ def _device(name: str | None) -> torch.device:
 
 def _require_same_kind(device: torch.device, then: dict[str, Any]) -> None:
     """Before minutes are spent, what `compare` would refuse in the end."""
-    here = compare.kind(measure.machine(device))
-    there = compare.kind(then["machine"])
+    here = kind(machine(device))
+    there = kind(then["machine"])
     if here != there:
         raise ValueError(f"against: expected results of {here}, got those of {there}")
 
@@ -101,7 +102,7 @@ def _save(path: Path | None, result: dict[str, Any]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    rows = list(measure.flat(result))
+    rows = list(results.flat(result))
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), restval="", lineterminator="\n")
         writer.writeheader()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fork_attn.bench.machine import kind
-from fork_attn.bench.measure import geomean, ours
+from fork_attn.bench.results import geomean, ours
 
 SLACK = 1.10
 """A ratio may fall by this factor before it counts, beside the spread of the two measurements."""
