@@ -133,7 +133,7 @@ def main() -> None:
                 "bytes": size,
                 "seconds": times["call"].median,
                 "p20": times["call"].p20,
-                "p95": times["call"].p80,
+                "p95": times["call"].p95,
                 "bytes_per_second": rate,
                 "copy_bytes_per_second": copy_rate,
                 "fraction_of_copy": rate / copy_rate,

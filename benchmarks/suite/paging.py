@@ -17,11 +17,11 @@ class Pool:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.size = inputs.setting.page_size
-        self._pages: list[Tensor] = []  # slots of each page, at most `size`
+        self._pages: list[Tensor] = []  # slots of each page on the host, at most `size`
 
     def add(self, slots: Tensor) -> list[int]:
         """Pages that hold the slots, one after the other, from a fresh page on."""
-        parts = list(slots.split(self.size))
+        parts = list(slots.cpu().split(self.size))
         first = len(self._pages)
         self._pages += parts
         return list(range(first, first + len(parts)))
@@ -45,11 +45,12 @@ class Pool:
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """K and V, (pages, size, KV heads, dim); slots that hold nothing are 0."""
-        at = torch.zeros(self.num_pages, self.size, dtype=torch.long)
-        held = torch.zeros(self.num_pages, self.size, dtype=torch.bool)
-        for page, slots in zip(self.order.tolist(), self._pages, strict=True):
-            at[page, : len(slots)] = slots.cpu()
-            held[page, : len(slots)] = True
+        lengths = torch.tensor([len(slots) for slots in self._pages])
+        full = torch.arange(self.size) < lengths[:, None]
+        at, held = torch.zeros_like(full, dtype=torch.long), torch.zeros_like(full)
+        order = self.order.long()
+        held[order] = full
+        at[order] = torch.zeros_like(at).masked_scatter_(full, torch.cat(self._pages))
         device = self.inputs.device
         index, keep = at.flatten().to(device), held.flatten().to(device)[:, None, None]
 
@@ -77,7 +78,7 @@ def dense_tables(inputs: Inputs, pool: Pool) -> list[Table]:
     def extend(above: Table, slots: Tensor) -> Table:
         whole = above.length // size
         if above.length % size:
-            slots = torch.cat([pool.slots(above.pages[whole]), slots])
+            slots = torch.cat([pool.slots(above.pages[whole]), slots.cpu()])
         length = above.length + len(slots) - above.length % size
         return Table(above.pages[:whole] + pool.add(slots), length)
 
@@ -91,6 +92,16 @@ def dense_tables(inputs: Inputs, pool: Pool) -> list[Table]:
     for query, leaf in enumerate(forest.leaf_piece):
         own = forest.extends(query)
         found.append(tables[leaf] if own else extend(tables[leaf], inputs.own_slots(query)))
+    return found
+
+
+def dense(inputs: Inputs, layers: int) -> tuple[Pool, list[Table], list[tuple[Tensor, Tensor]]]:
+    """The pool, a table per query and every layer's K and V, laid out once for all who ask."""
+    if "dense" not in inputs.shared:
+        pool = Pool(inputs)
+        tables = dense_tables(inputs, pool)
+        inputs.shared["dense"] = (pool, tables, [pool.tensors() for _ in range(layers)])
+    found: tuple[Pool, list[Table], list[tuple[Tensor, Tensor]]] = inputs.shared["dense"]
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fork_attn as fa
 from fork_attn.bench.inputs import Inputs
-from fork_attn.bench.paging import Pool, Table, dense_tables, levels, padded
+from fork_attn.bench.paging import Pool, Table, dense, levels, padded
 from fork_attn.bench.way import Absent, Way, cuda_module, no_draft, register
 
 
@@ -29,10 +29,8 @@ class Paged(Way):
             raise Absent("branches add different numbers of tokens")
 
     def build(self, layers: int) -> None:
-        pool = Pool(self.inputs)
-        tables = dense_tables(self.inputs, pool)
+        pool, tables, self.kv = dense(self.inputs, layers)
         self.pages = pool.num_pages
-        self.kv = [pool.tensors() for _ in range(layers)]
         self.table = padded(pool, tables)
         lengths = [t.length for t in tables]
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=self.inputs.device)

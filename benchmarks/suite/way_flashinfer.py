@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fork_attn.bench.inputs import Inputs
-from fork_attn.bench.paging import Pool, Table, dense_tables, levels
+from fork_attn.bench.paging import Pool, Table, dense, levels
 from fork_attn.bench.way import Absent, Way, cuda_module, no_draft, register
 
 WORKSPACE_BYTES = 256 << 20
@@ -17,6 +17,8 @@ WORKSPACE_BYTES = 256 << 20
 class FlashInfer(Way):
     has_plan = True
     module: Any
+    pages: int
+    kv: list[tuple[Tensor, Tensor]]
 
     @classmethod
     def available(cls, inputs: Inputs) -> None:
@@ -45,10 +47,6 @@ class FlashInfer(Way):
         last = torch.tensor([(t.length - 1) % size + 1 for t in tables], dtype=torch.int32)
         return begins.int(), pages, last
 
-    def fill(self, pool: Pool, layers: int) -> None:
-        self.pages = pool.num_pages
-        self.kv = [pool.tensors() for _ in range(layers)]
-
     def held_bytes(self) -> int:
         return self.pages * self.inputs.setting.page_size * self.inputs.slot_bytes
 
@@ -64,9 +62,9 @@ class Decode(FlashInfer):
             raise Absent("decodes one token per branch")
 
     def build(self, layers: int) -> None:
-        pool = Pool(self.inputs)
-        self.arguments = self.tables(pool, dense_tables(self.inputs, pool))
-        self.fill(pool, layers)
+        pool, found, self.kv = dense(self.inputs, layers)
+        self.pages = pool.num_pages
+        self.arguments = self.tables(pool, found)
         self.wrapper = self.module.BatchDecodeWithPagedKVCacheWrapper(
             self.workspace(), "NHD", use_tensor_cores=self.tensor_cores
         )
@@ -114,7 +112,7 @@ class Cascade(FlashInfer):
         pages = [[x.to(device) for x in self.tables(pool, level.tables)] for level in found]
         self.arguments = (rows, *(list(part) for part in zip(*pages, strict=True)))
         self.causal = found[-1].causal
-        self.fill(pool, layers)
+        self.pages, self.kv = pool.num_pages, [pool.tensors() for _ in range(layers)]
         self.wrapper = self.module.MultiLevelCascadeAttentionWrapper(
             len(found), self.workspace(), "NHD"
         )
@@ -151,14 +149,14 @@ class Holistic(FlashInfer):
     name = "flashinfer_batch_attention"
 
     def build(self, layers: int) -> None:
-        inputs, pool = self.inputs, Pool(self.inputs)
-        found = dense_tables(inputs, pool)
+        inputs = self.inputs
+        pool, found, self.kv = dense(inputs, layers)
+        self.pages = pool.num_pages
         begins, pages, _ = (x.to(inputs.device) for x in self.tables(pool, found))
         rows = torch.tensor(inputs.forest.row_begin, dtype=torch.int32, device=inputs.device)
         lengths = torch.tensor([t.length for t in found], dtype=torch.int32, device=inputs.device)
         q_heads, kv_heads, dim, size = self.sizes()
         self.arguments = (rows, begins, pages, lengths, q_heads, kv_heads, dim, dim, size)
-        self.fill(pool, layers)
         self.wrapper = self.module.BatchAttention("NHD", str(inputs.device))
 
     def plan(self) -> None:

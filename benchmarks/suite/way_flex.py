@@ -39,7 +39,7 @@ class Flex(Way):
         self.q = inputs.q.transpose(0, 1)[None].contiguous()
 
         def laid(x: Tensor) -> Tensor:
-            return x.transpose(0, 1)[None].contiguous()
+            return x.transpose(0, 1)[None].clone(memory_format=torch.contiguous_format)
 
         self.kv = [(laid(inputs.k), laid(inputs.v)) for _ in range(layers)]
         piece_of, sees = _visibility(inputs)

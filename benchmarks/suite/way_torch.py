@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fork_attn.bench.inputs import Inputs
-from fork_attn.bench.paging import Pool, dense_tables, padded
+from fork_attn.bench.paging import dense, padded
 from fork_attn.bench.way import Absent, Way, need, no_draft, register
 
 
@@ -162,10 +162,8 @@ class Varlen(Way):
 
     def build(self, layers: int) -> None:
         inputs, forest = self.inputs, self.inputs.forest
-        pool = Pool(inputs)
-        tables = dense_tables(inputs, pool)
+        pool, tables, self.kv = dense(inputs, layers)
         self.pages = pool.num_pages
-        self.kv = [pool.tensors() for _ in range(layers)]
         self.table = padded(pool, tables)
         lengths = torch.tensor([t.length for t in tables], dtype=torch.int32)
         self.used = lengths.to(inputs.device)

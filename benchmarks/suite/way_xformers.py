@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fork_attn.bench.inputs import Inputs
-from fork_attn.bench.paging import Pool, Table, dense_tables, padded
+from fork_attn.bench.paging import Pool, Table, dense, padded
 from fork_attn.bench.way import Absent, Way, cuda_module, no_draft, register
 
 
@@ -27,12 +27,12 @@ class Xformers(Way):
     def check(cls, inputs: Inputs) -> None:
         """Raises Absent for shapes that it does not take."""
 
-    def fill(self, pool: Pool, layers: int) -> None:
+    def fill(self, pool: Pool, kv_of_layers: list[tuple[Tensor, Tensor]]) -> None:
         group = self.inputs.setting.heads.group
         self.pages = pool.num_pages
         self.kv = [
             tuple(x.flatten(0, 1)[None, :, :, None].expand(-1, -1, -1, group, -1) for x in kv)
-            for kv in (pool.tensors() for _ in range(layers))
+            for kv in kv_of_layers
         ]
 
     def bias(self, pool: Pool, tables: list[Table], rows: list[int], causal: bool) -> Any:
@@ -65,9 +65,8 @@ class SplitK(Xformers):
         no_draft(inputs)
 
     def build(self, layers: int) -> None:
-        pool = Pool(self.inputs)
-        tables = dense_tables(self.inputs, pool)
-        self.fill(pool, layers)
+        pool, tables, kv_of_layers = dense(self.inputs, layers)
+        self.fill(pool, kv_of_layers)
         rows = [q.rows for q in self.inputs.forest.queries]
         self.mask = self.bias(pool, tables, rows, causal=True)
 
@@ -100,7 +99,7 @@ class TreeAttention(Xformers):
         if any(p.parent >= 0 or p.queries != 1 for p in forest.pieces):
             raise Absent("written here for branches that share nothing")
         tables = [Table(pool.add(slots), len(slots)) for slots in contexts]
-        self.fill(pool, layers)
+        self.fill(pool, [pool.tensors() for _ in range(layers)])
         rows = forest.queries[0].rows
         self.mask = self.bias(pool, tables, [rows] * len(tables), causal=False)
         own = inputs.own_mask(0)
