@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from fork_attn import _C
-from fork_attn.plan_format import DIAGONAL, PER_SLOT, WINDOW, expand_plan, expand_queries, header, output_rows
+from fork_attn.plan_format import (
+    DIAGONAL,
+    PER_SLOT,
+    WINDOW,
+    expand_plan,
+    expand_queries,
+    header,
+    output_rows,
+)
 from fork_attn.reference import attention, dequantised
 from fork_attn.testing.planbuf import ALL_TOKENS, BlockSpec, RunSpec, build_plan
 from fork_attn.testing.tolerance import assert_close_to_oracle
@@ -126,7 +134,9 @@ class RandomPlan:
         self.rotations: list[tuple[int, int]] = []
         if rng.random() < 0.4:
             count = rng.randint(1, num_tokens + 3)
-            self.rotations = [(rng.randrange(num_tokens), rng.choice([-9, 5])) for _ in range(count)]
+            self.rotations = [
+                (rng.randrange(num_tokens), rng.choice([-9, 5])) for _ in range(count)
+            ]
 
     def build(self) -> torch.Tensor:
         blocks = [self.block() for _ in range(self.rng.randint(1, 4))]

@@ -11,8 +11,15 @@ from kv_table import Model
 from small_pair import TAILS, Tail, live_pages, make, root_of
 
 import fork_attn as fa
-from fork_attn import DuplicateBranch, ForeignBranch, NotDense, OutOfPages, Rope, StaleBranch
-from fork_attn import Unsupported
+from fork_attn import (
+    DuplicateBranch,
+    ForeignBranch,
+    NotDense,
+    OutOfPages,
+    Rope,
+    StaleBranch,
+    Unsupported,
+)
 from fork_attn.reference import rerotate
 
 ATTENDING = Model(windows=(None, 6, None))
@@ -311,14 +318,18 @@ def test_bad_input_to_rebase() -> None:
     pair = make()
     root = root_of(pair, 4)
     a, b = pair.fork(root, 2)
-    pair.raises(ValueError, "rebase: expected False, True or 'copy', got 'move'",
-                lambda: root.join([a], rebase="move"))  # type: ignore[arg-type]
+    pair.raises(
+        ValueError,
+        "rebase: expected False, True or 'copy', got 'move'",
+        lambda: root.join([a], rebase="move"),
+    )  # type: ignore[arg-type]
     pair.raises(TypeError, "rebase: expected a bool", lambda: root.excise(0, 1, rebase="copy"))  # type: ignore
     pair.raises(DuplicateBranch, "given twice", lambda: root.join([a, a], rebase=True))
     pair.set_position(root, 2**31 - 2)
     pair.step({b: 3})
-    pair.raises(ValueError, "position: expected position and length",
-                lambda: root.join([b], rebase=True))
+    pair.raises(
+        ValueError, "position: expected position and length", lambda: root.join([b], rebase=True)
+    )
 
 
 def test_positions_beyond_32_bits_are_refused() -> None:
@@ -331,13 +342,20 @@ def test_positions_beyond_32_bits_are_refused() -> None:
     pair.watch(a, child)  # two billion positions lie between its first token and its last
     pair.step({a: 1})
     pair.set_position(a, 2**31 - 2)
-    pair.raises(ValueError, "would see a token at a position beyond 32 bits",
-                lambda: pair.cache.step({a: 1}))
+    pair.raises(
+        ValueError,
+        "would see a token at a position beyond 32 bits",
+        lambda: pair.cache.step({a: 1}),
+    )
 
 
 def test_a_cache_without_rope_refuses_by_name() -> None:
     cache = fa.ForkedKVCache(
-        num_layers=2, num_pages=8, num_q_heads=2, num_kv_heads=1, head_dim=8,
+        num_layers=2,
+        num_pages=8,
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
         rope=[Rope.from_base(8), None],
     )
     root = cache.new_branch()
@@ -378,8 +396,14 @@ def test_bad_ropes_are_refused() -> None:
 def test_copies_in_16_and_8_bits(dtype: torch.dtype) -> None:
     ropes = [Rope.from_base(8), Rope.from_base(4, interleaved=True, start=4), Rope.none()]
     cache = fa.ForkedKVCache(
-        num_layers=3, num_pages=16, num_q_heads=2, num_kv_heads=1, head_dim=8, page_size=4,
-        dtype=dtype, rope=ropes,
+        num_layers=3,
+        num_pages=16,
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        page_size=4,
+        dtype=dtype,
+        rope=ropes,
     )
     root = cache.new_branch()
     a, b = root.fork(2)

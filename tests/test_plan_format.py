@@ -67,9 +67,7 @@ def test_sections() -> None:
 def test_a_row_may_read_several_queries() -> None:
     runs = [RunSpec([0], 3, mask=0b001), RunSpec([2], 4, mask=0b110), RunSpec([1], 2, mask=0b100)]
     blocks = [BlockSpec([1, 1, 0], [9, 4, 5], [runs], q_rows=[1, 3, 2])]
-    plan = build_plan(
-        blocks, num_tokens=2, group=1, page_size=4, rotations=[(0, -3), (1, 5)]
-    )
+    plan = build_plan(blocks, num_tokens=2, group=1, page_size=4, rotations=[(0, -3), (1, 5)])
     h, s = header(plan), sections(plan)
     assert (h.num_rotations, s.rotations.tolist()) == (2, [[0, -3], [1, 5]])
     assert (s.tokens.tolist(), s.q_rows.tolist()) == ([1, 1, 0], [1, 3, 2])

@@ -38,8 +38,8 @@ class RunSpec:
 class BlockSpec:
     """Query rows that items serve together; `items` are lists of runs.
 
-    `q_rows` are the rows of the query tensor that the rows read: their own, or num_tokens + i for the
-    copy that rotation i makes. With it a row may stand in a block more than once.
+    `q_rows` are the rows of the query tensor that the rows read: their own, or num_tokens + i for
+    the copy that rotation i makes. With it a row may stand in a block more than once.
     """
 
     rows: Sequence[int]
