@@ -40,8 +40,7 @@ FORK_ATTN_HD void store_pack(T* to, const Pack<T, N>& pack) {
 }
 
 template <class To, class From>
-inline constexpr bool kScales =
-    std::is_same_v<To, Float8E4M3> != std::is_same_v<From, Float8E4M3>;
+inline constexpr bool kScales = std::is_same_v<To, Float8E4M3> != std::is_same_v<From, Float8E4M3>;
 
 // `factor` counts where one side is quantised and the other is not.
 template <class To, class From>
@@ -220,8 +219,8 @@ FORK_ATTN_HD void shift_unit(const ShiftRopeParams& p, int64_t row, int32_t inde
   }
 }
 
-// Whether rows of `size` bytes an element can be cut into packs of N, each on a multiple of 16 bytes
-// or of its own size.
+// Whether rows of `size` bytes an element can be cut into packs of N, each on a multiple of 16
+// bytes or of its own size.
 template <int N>
 inline bool aligned(const void* data, std::initializer_list<int64_t> strides, int64_t size) {
   const int64_t unit = size * N < 16 ? size * N : 16;

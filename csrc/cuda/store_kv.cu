@@ -7,7 +7,7 @@ namespace fork_attn::cuda {
 namespace {
 
 template <int N, class Cache, class Row>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     store_kernel(const __grid_constant__ cpu::StoreKvParams p, int32_t units) {
   const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (row >= p.shape.rows) return;

@@ -1,5 +1,5 @@
-"""Torch ops that move K and V, for tensors of CPUs and GPUs: definitions, kernels, fakes. Nothing is
-checked here; `fork_attn.ops_cache` has the checked calls and says what each does."""
+"""Torch ops that move K and V, for tensors of CPUs and GPUs: definitions, kernels, fakes. Nothing
+is checked here; `fork_attn.ops_cache` has the checked calls and says what each does."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def paged_argument(cache: Tensor) -> tuple[int, int, int, int]:
     return (cache.data_ptr(), page, slot, head)
 
 
-def _pointer(t: Tensor | None) -> int:
+def pointer(t: Tensor | None) -> int:
+    """Where a tensor's data lie, 0 for None."""
     return 0 if t is None else t.data_ptr()
 
 
@@ -63,7 +64,7 @@ def _rope_argument(
 ) -> tuple[int, int, int, int, bool]:
     if cos is None:
         return (0, 0, 0, 0, False)
-    return (cos.data_ptr(), _pointer(sin), _pointer(table_rows), 2 * cos.shape[1], interleaved)
+    return (cos.data_ptr(), pointer(sin), pointer(table_rows), 2 * cos.shape[1], interleaved)
 
 
 def _store_kv(
@@ -86,7 +87,7 @@ def _store_kv(
         paged_argument(k_cache),
         paged_argument(v_cache),
         slot_mapping.data_ptr(),
-        (_pointer(k_scale), _pointer(v_scale)),
+        (pointer(k_scale), pointer(v_scale)),
         _rope_argument(cos, sin, table_rows, interleaved),
         (k.shape[0], k.shape[1], k.shape[2], v.shape[2], k_cache.shape[1]),
         (DTYPE_CODES[k_cache.dtype], DTYPE_CODES[k.dtype]),
@@ -118,7 +119,7 @@ def _gather_kv(
         rows_argument(k),
         rows_argument(v),
         slots.data_ptr(),
-        (_pointer(k_scale), _pointer(v_scale)),
+        (pointer(k_scale), pointer(v_scale)),
         (k.shape[0], k.shape[1], k.shape[2], v.shape[2], k_cache.shape[1]),
         (DTYPE_CODES[k_cache.dtype], DTYPE_CODES[k.dtype]),
     )
@@ -154,7 +155,13 @@ def _shift_rope(
         src_slots.data_ptr(),
         dst_slots.data_ptr(),
         _rope_argument(cos, sin, table_rows, interleaved),
-        (len(src_slots), num_heads, head_dim, 0 if v_cache is None else v_cache.shape[3], page_size),
+        (
+            len(src_slots),
+            num_heads,
+            head_dim,
+            0 if v_cache is None else v_cache.shape[3],
+            page_size,
+        ),
         DTYPE_CODES[k_cache.dtype],
     )
 
