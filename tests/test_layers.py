@@ -21,7 +21,7 @@ LAYERS = (
     ("checks",),
     ("kv_library",),
     ("kv_checks", "quantise"),
-    ("plan", "plan_format"),
+    ("plan", "plan_format", "rope"),
     ("storage",),
     ("kernels",),
     ("ops_cache",),
