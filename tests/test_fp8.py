@@ -15,6 +15,7 @@ import fork_attn as fa
 from fork_attn import hf
 from fork_attn.ops_cache import gather_kv
 from fork_attn.reference import attention
+from fork_attn.rope import turn_of, turned
 from fork_attn.testing.tolerance import assert_close_to_oracle
 
 FP8 = torch.float8_e4m3fn
@@ -111,6 +112,28 @@ def test_an_accepted_draft_is_moved_as_it_is() -> None:
         cache.attend(0, q, k, v, step)
         step.accept([0, 2, 3])
     threads.seen[root] += [(k[i], v[i]) for i in (0, 2, 3)]
+    threads.feed({root: 2})
+
+
+def test_a_join_turns_the_stored_keys() -> None:
+    """`rebase="copy"` turns e4m3 values as they are and rounds them again; scales stay."""
+    rope = fa.Rope.from_base(DIM, 100.0)
+    threads = Threads(rope=rope)
+    root = threads.cache.new_branch()
+    threads.feed({root: 7})
+    left, right = root.fork(2)
+    for child in (left, right):
+        threads.seen[child] = list(threads.seen[root])
+    threads.feed({left: 3, right: 2})
+    scales = threads.cache.scales(0)
+    assert scales is not None
+    k = torch.stack([k for k, _ in threads.seen[right][7:]])
+    raw = (k * (1 / scales[0])[:, None]).to(FP8).float()
+    moved = turned(raw, rope, turn_of(rope, torch.tensor([3, 3]))).to(FP8).float()
+    moved *= scales[0][:, None]
+    threads.seen[root] += threads.seen[left][7:]
+    threads.seen[root] += [(moved[i], v) for i, (_, v) in enumerate(threads.seen[right][7:])]
+    root.join([left, right], rebase="copy")
     threads.feed({root: 2})
 
 

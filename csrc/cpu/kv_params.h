@@ -7,14 +7,15 @@
 
 namespace fork_attn::cpu {
 
-// Rotary position embeddings (RoFormer, arXiv 2104.09864) of the first rotary_dim elements of a
-// head; scaled variants are in the table.
+// Rotary position embeddings (RoFormer, arXiv 2104.09864) of rotary_dim elements of a head; scaled
+// variants are in the table.
 struct Rope {
   const float* cos;  // (table rows, rotary_dim / 2) contiguous
   const float* sin;
   const int64_t* table_rows;  // (rows,): which row of the table rotates row t
   int32_t rotary_dim;         // 0: no rotation, and the pointers are not read
-  bool interleaved;           // pairs (2i, 2i + 1) instead of (i, i + rotary_dim / 2)
+  int32_t start;              // the first element that rotates
+  bool interleaved;           // pairs (2i, 2i + 1) of these, not (i, i + rotary_dim / 2)
 };
 
 struct KvShape {

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <int N, class Cache, class Row>
 bool aligned(const cpu::GatherKvParams& p) {
-  return cpu::dims_fit<N>(p.shape, 0) && cpu::aligned<N>(p.k, sizeof(Row)) &&
+  return cpu::dims_fit<N>(p.shape, cpu::Rope{}) && cpu::aligned<N>(p.k, sizeof(Row)) &&
          cpu::aligned<N>(p.v, sizeof(Row)) && cpu::aligned<N>(p.k_cache, sizeof(Cache)) &&
          cpu::aligned<N>(p.v_cache, sizeof(Cache));
 }

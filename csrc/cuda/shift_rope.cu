@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <int N, class T>
 bool aligned(const cpu::ShiftRopeParams& p) {
-  return cpu::dims_fit<N>(p.shape, p.rope.rotary_dim) && cpu::rope_fits<N>(p.rope) &&
+  return cpu::dims_fit<N>(p.shape, p.rope) && cpu::rope_fits<N>(p.rope) &&
          cpu::aligned<N>(p.k_cache, sizeof(T)) && cpu::aligned<N>(p.v_cache, sizeof(T));
 }
 

@@ -21,7 +21,7 @@ _library = torch.library.Library("fork_attn", "FRAGMENT")
 _library.define(
     "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
     "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? cos=None, Tensor? sin=None, "
-    "Tensor? table_rows=None, bool interleaved=False) -> ()"
+    "Tensor? table_rows=None, bool interleaved=False, int rotary_start=0) -> ()"
 )
 _library.define(
     "gather_kv(Tensor k_cache, Tensor v_cache, Tensor slots, Tensor? k_scale=None, "
@@ -29,7 +29,7 @@ _library.define(
 )
 _library.define(
     "shift_rope(Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor src_slots, Tensor dst_slots, "
-    "Tensor cos, Tensor sin, Tensor table_rows, bool interleaved=False) -> ()"
+    "Tensor cos, Tensor sin, Tensor table_rows, bool interleaved=False, int rotary_start=0) -> ()"
 )
 _library.define("copy_pages(Tensor(a!)[] caches, Tensor src_pages, Tensor dst_pages) -> ()")
 _library.define("move_slots(Tensor(a!)[] caches, Tensor src_slots, Tensor dst_slots) -> ()")
@@ -60,11 +60,16 @@ def pointer(t: Tensor | None) -> int:
 
 
 def _rope_argument(
-    cos: Tensor | None, sin: Tensor | None, table_rows: Tensor | None, interleaved: bool
-) -> tuple[int, int, int, int, bool]:
+    cos: Tensor | None,
+    sin: Tensor | None,
+    table_rows: Tensor | None,
+    interleaved: bool,
+    start: int,
+) -> tuple[int, int, int, int, int, bool]:
     if cos is None:
-        return (0, 0, 0, 0, False)
-    return (cos.data_ptr(), pointer(sin), pointer(table_rows), 2 * cos.shape[1], interleaved)
+        return (0, 0, 0, 0, 0, False)
+    rotary_dim = 2 * cos.shape[1]
+    return (cos.data_ptr(), pointer(sin), pointer(table_rows), rotary_dim, start, interleaved)
 
 
 def _store_kv(
@@ -79,6 +84,7 @@ def _store_kv(
     sin: Tensor | None = None,
     table_rows: Tensor | None = None,
     interleaved: bool = False,
+    rotary_start: int = 0,
 ) -> None:
     _C.store_kv(
         where(k_cache),
@@ -88,7 +94,7 @@ def _store_kv(
         paged_argument(v_cache),
         slot_mapping.data_ptr(),
         (pointer(k_scale), pointer(v_scale)),
-        _rope_argument(cos, sin, table_rows, interleaved),
+        _rope_argument(cos, sin, table_rows, interleaved, rotary_start),
         (k.shape[0], k.shape[1], k.shape[2], v.shape[2], k_cache.shape[1]),
         (DTYPE_CODES[k_cache.dtype], DTYPE_CODES[k.dtype]),
     )
@@ -146,6 +152,7 @@ def _shift_rope(
     sin: Tensor,
     table_rows: Tensor,
     interleaved: bool = False,
+    rotary_start: int = 0,
 ) -> None:
     _, page_size, num_heads, head_dim = k_cache.shape
     _C.shift_rope(
@@ -154,7 +161,7 @@ def _shift_rope(
         (0, 0, 0, 0) if v_cache is None else paged_argument(v_cache),
         src_slots.data_ptr(),
         dst_slots.data_ptr(),
-        _rope_argument(cos, sin, table_rows, interleaved),
+        _rope_argument(cos, sin, table_rows, interleaved, rotary_start),
         (
             len(src_slots),
             num_heads,

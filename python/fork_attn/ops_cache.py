@@ -31,6 +31,7 @@ def store_kv(
     sin: Tensor | None = None,
     position_ids: Tensor | None = None,
     interleaved: bool = False,
+    rotary_start: int = 0,
 ) -> None:
     """Writes rows of K and V to slots of their caches, in one launch; K rotated on the way where a
     table is given, both quantised where the caches are e4m3.
@@ -47,12 +48,13 @@ def store_kv(
         slot_mapping: (T,) int64; rows with a negative slot are left out (padding). None twice.
         k_scale: (num_kv_heads,) fp32, for e4m3 caches.
         v_scale: (num_kv_heads,) fp32, for e4m3 caches.
-        cos: (positions, rotary_dim / 2) fp32, contiguous: rotary embeddings of the first rotary_dim
-            elements of K (RoFormer, arXiv 2104.09864); scaled variants are in the table. None: `k`
+        cos: (positions, rotary_dim / 2) fp32, contiguous: rotary embeddings of rotary_dim elements
+            of K (RoFormer, arXiv 2104.09864); scaled variants are in the table. None: `k`
             is rotated already.
         sin: likewise.
         position_ids: (T,) int64, rows of the table.
         interleaved: pairs are (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
+        rotary_start: the first element of a head that rotates.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, stride, slot or position is off; nothing was
@@ -71,10 +73,10 @@ def store_kv(
     kv_checks.check_scales(k_scale, v_scale, heads, device, wanted=quantised)
     kv_checks.check_slots("slot_mapping", slot_mapping, rows, k_cache, padding=True, distinct=True)
     if cos is not None or sin is not None or position_ids is not None:
-        kv_checks.check_rope("position_ids", cos, sin, position_ids, rows, k_cache)
+        kv_checks.check_rope("position_ids", cos, sin, position_ids, rows, k_cache, rotary_start)
     torch.ops.fork_attn.store_kv(
         *(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale),
-        *(cos, sin, position_ids, interleaved),
+        *(cos, sin, position_ids, interleaved, rotary_start),
     )
 
 
@@ -129,6 +131,7 @@ def shift_rope(
     table_rows: Tensor,
     *,
     interleaved: bool = False,
+    rotary_start: int = 0,
 ) -> None:
     """Turns rotated K by a distance in position, from slots to other slots or in place.
 
@@ -147,7 +150,7 @@ def shift_rope(
         cos: (distances, rotary_dim / 2) fp32, contiguous.
         sin: likewise.
         table_rows: (N,) int64, which row of the table turns each slot.
-        interleaved: see `store_kv`.
+        interleaved, rotary_start: see `store_kv`.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, stride, slot or row is off; nothing was
@@ -166,9 +169,9 @@ def shift_rope(
             raise ValueError(
                 f"dst_slots: expected none of the other source slots, got {int(overlap[0])}"
             )
-    kv_checks.check_rope("table_rows", cos, sin, table_rows, count, k_cache)
+    kv_checks.check_rope("table_rows", cos, sin, table_rows, count, k_cache, rotary_start)
     torch.ops.fork_attn.shift_rope(
-        k_cache, v_cache, src_slots, dst_slots, cos, sin, table_rows, interleaved
+        k_cache, v_cache, src_slots, dst_slots, cos, sin, table_rows, interleaved, rotary_start
     )
 
 
