@@ -343,10 +343,11 @@ def tree_attention_kernel(
     # Rows past the plan's (a captured step is as wide as it may become) see nothing.
     dv = tl.arange(0, BLOCK_DV)
     for row in range(tl.load(plan32 + NUM_TOKENS) + program, num_rows, tl.num_programs(0)):
+        here = tl.zeros([1], tl.int64) + row
         for head_q in range(0, num_q_heads):
-            nothing = -float("inf")
+            nothing = tl.full([1], -float("inf"), tl.float32)
             if HAS_SINKS:
-                nothing = tl.load(sinks + head_q)
-            at = out + row.to(tl.int64) * out_row + head_q * out_head
+                nothing = tl.load(sinks + head_q + tl.zeros([1], tl.int32))
+            at = out + here * out_row + head_q * out_head
             tl.store(at + dv, tl.zeros([BLOCK_DV], out.dtype.element_ty), mask=dv < DV)
-            tl.store(lse + row.to(tl.int64) * num_q_heads + head_q, nothing)
+            tl.store(lse + here * num_q_heads + head_q, nothing)
