@@ -305,6 +305,24 @@ def test_the_plan_of_a_long_prefill_is_small() -> None:
             assert plan.buffer.nbytes < 2 * 10**6, target
 
 
+def test_short_runs_share_tiles() -> None:
+    """On GPUs, short pieces of an item go to one run at its end."""
+    rng = random.Random(0)
+    gathered = 0
+    for _ in range(30):
+        case = random_case(rng)
+        for target in ("sm_80", "sm_90"):
+            s = sections(case.plan(target, 1).buffer)  # one worker: items are whole
+            for begin, end in s.items[:, 1:3].tolist():
+                runs = [run_at(s, i) for i in range(begin, end)]
+                rests = [r for r in runs if r.kind != GATHER and 0 < r.num_slots % 64 <= 48]
+                assert len(rests) <= 1
+                gathered += sum(r.kind == GATHER for r in runs)
+                assert all(r.kind != GATHER for r in runs[:-1])
+        assert not header(case.plan("cpu", 1).buffer).num_gather
+    assert gathered > 10
+
+
 class TestBadInput:
     SHAPE = PlanShape(4, 2, 16, 16, 2)
 

@@ -19,14 +19,14 @@ def merge_states_kernel(
     ok = row < num_rows
     d = tl.arange(0, BLOCK_D)
     top = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
-    for s in range(0, num_states):
+    for s in range(num_states):
         at = tl.zeros([BLOCK_ROWS], tl.int64) + s
         state = tl.load(lse + at * num_rows + row, mask=ok, other=-float("inf"))
         top = tl.maximum(top, state * LOG2E)
     origin = tl.where(top == -float("inf"), 0.0, top)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    for s in range(0, num_states):
+    for s in range(num_states):
         at = (tl.zeros([BLOCK_ROWS], tl.int64) + s) * num_rows + row
         state = tl.load(lse + at, mask=ok, other=-float("inf"))
         weight = tl.exp2(state * LOG2E - origin)

@@ -139,9 +139,7 @@ class _OnDevice:
         return self.workspaces[key]
 
 
-_plans: weakref.WeakKeyDictionary[Plan, dict[torch.device, _OnDevice]] = (
-    weakref.WeakKeyDictionary()
-)
+_plans: weakref.WeakKeyDictionary[Plan, dict[torch.device, _OnDevice]] = weakref.WeakKeyDictionary()
 
 
 def run(

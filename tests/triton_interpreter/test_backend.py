@@ -88,7 +88,9 @@ def test_what_the_kernel_cannot_do_is_refused_by_name(open_step: Any) -> None:
     cache, step, _ = open_step
     odd = torch.randn(6, HEADS, 12)
     k_cache, v_cache = (torch.zeros(32, 4, KV_HEADS, 12) for _ in range(2))
-    with pytest.raises(fa.Unsupported, match=r"head_dim: backend 'triton' expected a multiple of 8"):
+    with pytest.raises(
+        fa.Unsupported, match=r"head_dim: backend 'triton' expected a multiple of 8"
+    ):
         fa.tree_attention(odd, k_cache, v_cache, step.plan, backend="triton")
     with pytest.raises(ValueError, match=r"k_scale: expected shape \(2\)|k_scale: expected shape"):
         fa.tree_attention(odd, k_cache, v_cache, step.plan, k_scale=torch.ones(3))

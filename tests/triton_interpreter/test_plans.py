@@ -48,7 +48,9 @@ def random_case(seed: int, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), DTYPES, ids=IDS)
 @pytest.mark.parametrize("seed", range(5))
 def test_random_plans(seed: int, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
-    random_case(100 * IDS.index(IDS[DTYPES.index((dtype, kv_dtype))]) + seed, dtype, kv_dtype).check()
+    random_case(
+        100 * IDS.index(IDS[DTYPES.index((dtype, kv_dtype))]) + seed, dtype, kv_dtype
+    ).check()
 
 
 def one_block(shape: Shape, tokens: int, runs: list[RunSpec], **options: int) -> torch.Tensor:
@@ -142,12 +144,12 @@ class TestMerging:
                     assert torch.equal(got, want)
 
     def test_blocks_above_a_tile_merge_in_chunks(self) -> None:
-        """fp32 tiles have 32 rows: heads of a token fall into two chunks."""
-        rows = list(range(20))
-        items = [[RunSpec([0], 9)], [RunSpec([1], 16, mask=0x5A5A5)], [RunSpec([2], 3)]]
-        plan = build_plan([BlockSpec(rows, rows, items)], num_tokens=20, group=3, page_size=16)
+        """fp32 tiles have 16 rows: heads of a token fall into two chunks."""
+        rows = list(range(11))
+        items = [[RunSpec([0], 9)], [RunSpec([1], 16, mask=0x5A5)], [RunSpec([2], 3)]]
+        plan = build_plan([BlockSpec(rows, rows, items)], num_tokens=11, group=3, page_size=16)
         case = triton_case(self.SHAPE, plan)
-        assert launch.choose_body(60, 16, 16, 4, 4, 90).rows == 32
+        assert launch.choose_body(60, 16, 16, 4, 4, 90).rows == 16
         case.check()
 
     def test_empty_partial_results(self) -> None:
