@@ -82,8 +82,8 @@ bool TileReader::next(Tile& tile) {
     const char* v = static_cast<const char*>(v_.data) +
                     (page * v_.page_stride + offset_ * v_.slot_stride + head_v_) * element_size_;
     const int64_t together = gathered ? 1 : page_size - offset_;
-    const int64_t count = std::min<int64_t>(
-        {together, run.num_slots - j_, left_, kTileSlots - tile.count});
+    const int64_t count =
+        std::min<int64_t>({together, run.num_slots - j_, left_, kTileSlots - tile.count});
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t word = visibility(run, j_ + i);
       if (word == 0) continue;

@@ -298,9 +298,16 @@ def run_tree_attention(
     if backend == "reference":
         from fork_attn.reference import tree_attention_reference
 
-        scores = {"softmax_scale": scale, "softcap": cap or None, "sinks": sinks}
         return tree_attention_reference(
-            q, k_cache, v_cache, plan.buffer, k_scale=k_scale, v_scale=v_scale, **scores
+            q,
+            k_cache,
+            v_cache,
+            plan.buffer,
+            softmax_scale=scale,
+            softcap=cap or None,
+            sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     if k_cache.dtype == FP8:
         raise Unsupported("k_cache: backend 'cpu' does not read float8_e4m3fn yet")

@@ -1,4 +1,4 @@
-"""The Triton kernel on a real card: the interpreter's matrix, and what the interpreter cannot show."""
+"""The Triton kernel on a card: the interpreter's matrix, and what the interpreter cannot show."""
 
 from __future__ import annotations
 

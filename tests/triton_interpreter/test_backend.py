@@ -92,7 +92,7 @@ def test_what_the_kernel_cannot_do_is_refused_by_name(open_step: Any) -> None:
         fa.Unsupported, match=r"head_dim: backend 'triton' expected a multiple of 8"
     ):
         fa.tree_attention(odd, k_cache, v_cache, step.plan, backend="triton")
-    with pytest.raises(ValueError, match=r"k_scale: expected shape \(2\)|k_scale: expected shape"):
+    with pytest.raises(ValueError, match="k_scale: expected shape"):
         fa.tree_attention(odd, k_cache, v_cache, step.plan, k_scale=torch.ones(3))
     q8, caches = torch.randn(6, HEADS, DIM).bfloat16(), tuple(x.to(FP8) for x in cache.layer(0))
     with pytest.raises(fa.Unsupported, match="backend 'cpu'"):
