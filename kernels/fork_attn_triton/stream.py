@@ -76,8 +76,13 @@ def stream(
         if HAS_WINDOW:
             first_position = tl.load(run + 5)
             windowed = (kind & WINDOW) != 0
-            behind = first_position + window  # slot j is hidden from positions >= behind + j
-            low = tl.where(windowed, tl.maximum(max_position - behind + 1, 0), 0)
+            # A token `ahead` positions past the run's first sees slots from ahead - window + 1 on;
+            # no sum here leaves 32 bits.
+            ahead_most = max_position - first_position
+            low = tl.where(windowed & (ahead_most >= window), ahead_most - window + 1, 0)
+            low = tl.minimum(low, num_slots)
+            ahead_rows = positions - first_position
+            low_rows = tl.where(windowed & (ahead_rows >= window), ahead_rows - window + 1, 0)
         all_low = tl.where(num_tokens >= 32, -1, (1 << num_tokens) - 1)
         seen_by_all = mask_low == all_low
         if WIDE:
@@ -141,7 +146,7 @@ def stream(
                 seen = seen | ((word_high[None, :] & bit_high[:, None]) != 0)
             seen = seen & inside[None, :] & (j[None, :] < limit[:, None])
             if HAS_WINDOW:
-                seen = seen & ((positions[:, None] < (behind + j)[None, :]) | (windowed == 0))
+                seen = seen & (j[None, :] >= low_rows[:, None])
             s = tl.where(seen, s, -float("inf"))
             if ISOLATE:
                 values = v.to(tl.float32)

@@ -92,6 +92,15 @@ def test_kinds_of_runs(kind: int, tokens: int) -> None:
     triton_case(shape, one_block(shape, tokens, [run], window=50)).check()
 
 
+@pytest.mark.parametrize("window", [3, 2**31 - 1])
+def test_positions_and_windows_up_to_the_largest(window: int) -> None:
+    shape = Shape(16, 2, 1, 16, 16, dtype=BF16)
+    runs = [RunSpec([0], 9, first_position=2**31 - 9, kind=WINDOW), RunSpec([1], 7, kind=WINDOW)]
+    block = BlockSpec([0, 1], [2**31 - 2, 5], [runs])
+    plan = build_plan([block], num_tokens=2, group=2, page_size=16, window=window)
+    triton_case(shape, plan).check()
+
+
 @pytest.mark.parametrize("page_size", [64, 128])
 @pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["bf16", "e4m3"])
 def test_descriptors_load_whole_tiles(page_size: int, kv_dtype: torch.dtype | None) -> None:
