@@ -148,6 +148,9 @@ class World:
             draft = fa.Draft([rng.randint(-1, i - 1) for i in range(count)])
             alone = not any(branch in pair for pair in watched)
             tokens[branch] = draft if alone and rng.random() < 0.25 else count
+        return self.open_with(tokens)
+
+    def open_with(self, tokens: dict[Branch, int | fa.Draft]) -> Case:
         slots: dict[int, dict[int, int]] = {}  # of each branch's tokens: some may be copies
         for branch in tokens:
             seen, _ = self.oracle.view(self.ids[branch])

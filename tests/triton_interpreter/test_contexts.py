@@ -12,9 +12,11 @@ from test_planner import World, random_case
 from triton_cases import TritonCase
 
 import fork_attn as fa
+from fork_attn.branch import Branch
 from fork_attn.plan import Plan, build_plan
 from fork_attn.plan_format import GATHER, header, sections
 from fork_attn.reference import attention
+from fork_attn.reference_cache import DeepCopyCache
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "cpu")
 
@@ -27,7 +29,8 @@ class ContextCase(TritonCase):
         assert self.seen is not None
         k, v = (cache.flatten(0, 1).to(dtype) for cache in (self.k, self.v))
         options = {"softmax_scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
-        return attention(self.q, k, v, self.seen, dtype=dtype, **options)
+        q = self.q[: len(self.seen)]
+        return attention(q, k, v, self.seen, dtype=dtype, **options)
 
 
 def context_case(
@@ -43,6 +46,8 @@ def context_case(
         data[~seen.any(0).view(-1, page_size)] = NAN
         caches.append(data)
     q = torch.randn(len(seen), heads * plan.group, 16).to(dtype)
+    # Shifts move queries, and the mask does not know by how much: their copies stay as they are.
+    q = torch.cat([q, q[sections(plan.buffer).rotations[:, 0].long()]])
     case = ContextCase(shape, plan.buffer, q, *caches, 0.25, seen=seen, programs=rng.choice([1, 4]))
     case.sinks = torch.randn(q.shape[1]) if rng.random() < 0.3 else None
     return case
@@ -75,19 +80,20 @@ def grow(
         num_layers=1, num_pages=3000, num_q_heads=4, num_kv_heads=1, head_dim=16, head_dim_v=8,
         page_size=page_size, device="meta",
     )  # fmt: skip
-    live = [world.cache.new_branch()]
+    world.oracle = DeepCopyCache()
+    world.ids = {world.cache.new_branch(): world.oracle.new_branch()}
     for fan, length in levels:
-        live = [child for branch in live for child in (branch.fork(fan) if fan > 1 else [branch])]
-        world.cache.step(dict.fromkeys(live, length)).commit()
-    tokens = dict.fromkeys(live, 1 if draft is None else fa.Draft(draft))
-    contexts = {
-        b: (world.cache._core.slots(b._handle), world.cache._core.positions(b._handle))
-        for b in tokens
-    }
-    step = world.cache.step(tokens)
-    seen, _ = world.brute_force(step, tokens, contexts)
+        if fan > 1:
+            parents = list(world.ids.items())
+            pairs = [(b.fork(fan), world.oracle.fork(i, fan)) for b, i in parents]
+            world.ids = {b: i for new, ids in pairs for b, i in zip(new, ids, strict=True)}
+        counts: dict[Branch, int | fa.Draft] = dict.fromkeys(world.ids, length)
+        world.cache.step(counts).commit()
+        world.oracle.step(world.rows(counts))
+    case = world.open_with(dict.fromkeys(world.ids, 1 if draft is None else fa.Draft(draft)))
     shape = world.cache._layer(0).plan_shape(torch.bfloat16)
-    return build_plan(world.cache._core, window, shape, page_size, "sm_90", 8), seen, page_size
+    plan = build_plan(world.cache._core, window, shape, page_size, "sm_90", 8)
+    return plan, case.seen, page_size
 
 
 @pytest.mark.parametrize("window", [None, 30])
