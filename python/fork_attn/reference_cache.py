@@ -20,7 +20,7 @@ LayerKV = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Token:
-    """One token. Its identity is the same in every branch that sees it, wherever it stands there."""
+    """One token. Its identity is the same in every branch that sees it, wherever it is there."""
 
     identity: int
     position: int  # in the branch that holds it
@@ -220,7 +220,8 @@ class DeepCopyCache:
             (out, lse) of `attention`, (T, ...).
         """
         results = []
-        options = {"softmax_scale": softmax_scale, "softcap": softcap, "sinks": sinks}
+        options: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap}
+        options["sinks"] = sinks
         begin = 0
         for branch, new in rows.items():
             placed = self.place(branch, new)
@@ -402,8 +403,8 @@ class DeepCopyCache:
     def free(self, branches: Sequence[int]) -> None:
         """Forgets branches; descendants of a freed one stay descendants of its ancestors."""
         for branch in list(branches):
-            for other in self.branches:
-                for place in self.places(other):
+            for watcher in self.branches:
+                for place in self.places(watcher):
                     if place.watch.other == branch:
                         place.watch.seen = self.shown(place.watch)
                         place.watch.other = None
