@@ -13,7 +13,6 @@ from fork_attn.plan_format import (
     GATHER,
     PER_SLOT,
     WINDOW,
-    expand_plan,
     expand_queries,
     header,
     output_rows,
@@ -117,7 +116,7 @@ def make_case(shape: Shape, plan: torch.Tensor, *, heads_inside: bool = True) ->
     k = paged_tensor(h.page_limit + 1, shape, shape.head_dim, heads_inside=heads_inside)
     v = paged_tensor(h.page_limit + 1, shape, shape.head_dim_v, heads_inside=heads_inside)
     hidden = torch.ones((h.page_limit + 1) * shape.page_size, dtype=torch.bool)
-    hidden[: h.page_limit * shape.page_size] = ~expand_plan(plan).any(0)
+    hidden[: h.page_limit * shape.page_size] = ~expand_queries(plan).any(0)
     for cache in (k, v):
         cache[hidden.view(-1, shape.page_size)] = NAN
     return Case(shape, plan, q, k, v, scale=shape.head_dim**-0.5)
@@ -154,8 +153,10 @@ class RandomPlan:
     def block(self) -> BlockSpec:
         outputs = [*range(self.num_tokens), *(row for row, _ in self.rotations)]
         count = self.rng.randint(1, min(64, len(outputs)))
-        q_rows = self.rng.sample(range(len(outputs)), count)
-        rows = [outputs[q] for q in q_rows]
+        # One query a row: two would see the same slots of a run, and a row sees a slot once.
+        chosen = {outputs[q]: q for q in self.rng.sample(range(len(outputs)), count)}
+        rows, q_rows = list(chosen), list(chosen.values())
+        count = len(rows)
         positions = [self.rng.randrange(60) for _ in rows]
         items = [
             [self.run(count) for _ in range(self.rng.randint(0, 4))]
