@@ -158,12 +158,17 @@ class RandomPlan:
         rows = [outputs[q] for q in q_rows]
         positions = [self.rng.randrange(60) for _ in rows]
         items = [
-            [self.run(count) for _ in range(self.rng.randint(0, 4))]
+            [self.run(count, self.one_query_each(rows)) for _ in range(self.rng.randint(0, 4))]
             for _ in range(self.rng.randint(1, 2))
         ]
         return BlockSpec(rows, positions, items, q_rows if self.rotations else None)
 
-    def run(self, num_tokens: int) -> RunSpec:
+    def one_query_each(self, rows: list[int]) -> int:
+        """A mask of tokens: of a row that stands in the block several times, one."""
+        last = {row: t for t, row in self.rng.sample(list(enumerate(rows)), len(rows))}
+        return sum(1 << t for t in last.values())
+
+    def run(self, num_tokens: int, allowed: int) -> RunSpec:
         rng, page_size = self.rng, self.shape.page_size
         first_slot = rng.randrange(page_size)
         num_slots = rng.randint(1, self.max_slots)
@@ -182,7 +187,7 @@ class RandomPlan:
             num_slots,
             first_slot,
             first_position=rng.randrange(60),
-            mask=rng.choice([0, ALL_TOKENS, ALL_TOKENS, ALL_TOKENS, rng.getrandbits(64)]),
+            mask=allowed & rng.choice([0, ALL_TOKENS, ALL_TOKENS, ALL_TOKENS, rng.getrandbits(64)]),
             kind=kind,
             diag=rng.randint(-num_tokens - 2, num_slots + 2),
             words=words if kind & (PER_SLOT | GATHER) else (),
