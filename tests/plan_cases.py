@@ -124,16 +124,23 @@ def make_case(shape: Shape, plan: torch.Tensor, *, heads_inside: bool = True) ->
 
 
 class RandomPlan:
-    """Row blocks with runs of all kinds, each run on pages of its own."""
+    """Row blocks with runs of all kinds, each run on pages of its own; with `rotate` at times over
+    rotated copies of queries, too."""
 
     def __init__(
-        self, rng: random.Random, shape: Shape, *, num_tokens: int, max_slots: int
+        self,
+        rng: random.Random,
+        shape: Shape,
+        *,
+        num_tokens: int,
+        max_slots: int,
+        rotate: bool = False,
     ) -> None:
         self.rng, self.shape, self.num_tokens, self.max_slots = rng, shape, num_tokens, max_slots
         self.window = rng.choice([0, 1, 7, 40])
         self.next_page = rng.randrange(3)
         self.rotations: list[tuple[int, int]] = []
-        if rng.random() < 0.4:
+        if rotate and rng.random() < 0.4:
             count = rng.randint(1, num_tokens + 3)
             self.rotations = [
                 (rng.randrange(num_tokens), rng.choice([-9, 5])) for _ in range(count)
