@@ -123,16 +123,23 @@ def make_case(shape: Shape, plan: torch.Tensor, *, heads_inside: bool = True) ->
 
 
 class RandomPlan:
-    """Row blocks with runs of all kinds, each run on pages of its own."""
+    """Row blocks with runs of all kinds, each run on pages of its own; with `rotate` at times over
+    rotated copies of queries, too."""
 
     def __init__(
-        self, rng: random.Random, shape: Shape, *, num_tokens: int, max_slots: int
+        self,
+        rng: random.Random,
+        shape: Shape,
+        *,
+        num_tokens: int,
+        max_slots: int,
+        rotate: bool = False,
     ) -> None:
         self.rng, self.shape, self.num_tokens, self.max_slots = rng, shape, num_tokens, max_slots
         self.window = rng.choice([0, 1, 7, 40])
         self.next_page = rng.randrange(3)
         self.rotations: list[tuple[int, int]] = []
-        if rng.random() < 0.4:
+        if rotate and rng.random() < 0.4:
             count = rng.randint(1, num_tokens + 3)
             self.rotations = [
                 (rng.randrange(num_tokens), rng.choice([-9, 5])) for _ in range(count)
@@ -159,12 +166,17 @@ class RandomPlan:
         count = len(rows)
         positions = [self.rng.randrange(60) for _ in rows]
         items = [
-            [self.run(count) for _ in range(self.rng.randint(0, 4))]
+            [self.run(count, self.one_query_each(rows)) for _ in range(self.rng.randint(0, 4))]
             for _ in range(self.rng.randint(1, 2))
         ]
         return BlockSpec(rows, positions, items, q_rows if self.rotations else None)
 
-    def run(self, num_tokens: int) -> RunSpec:
+    def one_query_each(self, rows: list[int]) -> int:
+        """A mask of tokens: of a row that stands in the block several times, one."""
+        last = {row: t for t, row in self.rng.sample(list(enumerate(rows)), len(rows))}
+        return sum(1 << t for t in last.values())
+
+    def run(self, num_tokens: int, allowed: int) -> RunSpec:
         rng, page_size = self.rng, self.shape.page_size
         first_slot = rng.randrange(page_size)
         num_slots = rng.randint(1, self.max_slots)
@@ -183,7 +195,7 @@ class RandomPlan:
             num_slots,
             first_slot,
             first_position=rng.randrange(60),
-            mask=rng.choice([0, ALL_TOKENS, ALL_TOKENS, ALL_TOKENS, rng.getrandbits(64)]),
+            mask=allowed & rng.choice([0, ALL_TOKENS, ALL_TOKENS, ALL_TOKENS, rng.getrandbits(64)]),
             kind=kind,
             diag=rng.randint(-num_tokens - 2, num_slots + 2),
             words=words if kind & (PER_SLOT | GATHER) else (),
