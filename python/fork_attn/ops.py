@@ -9,7 +9,7 @@ import torch
 
 from fork_attn import _C, _env, checks, ops_triton
 from fork_attn.errors import Unsupported
-from fork_attn.kv_library import DTYPE_CODES, paged_argument, rows_argument, where
+from fork_attn.kv_library import DTYPE_CODES, paged_argument, pointer, rows_argument, where
 from fork_attn.plan import Plan
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "flash_attn", "reference"]
@@ -76,7 +76,9 @@ def _tree_attention_cpu(
         paged_argument(v_cache),
         rows_argument(out),
         lse.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in (sinks, k_scale, v_scale)),
+        pointer(sinks),
+        pointer(k_scale),
+        pointer(v_scale),
         _DTYPES[q.dtype],
         DTYPE_CODES[k_cache.dtype],
         num_q_heads,
@@ -169,8 +171,9 @@ def tree_attention(
     """Attention of every query row over the slots that the plan lets it see; shared slots are read
     once.
 
-    Scores are q . k * k_scale * softmax_scale, then the softcap, then the mask, then the softmax, accumulated
-    in fp32 and merged over work items by their log-sum-exps (FlashAttention-2, arXiv 2307.08691).
+    Scores are q . k * k_scale * softmax_scale, then the softcap, then the mask, then the softmax,
+    accumulated in fp32 and merged over work items by their log-sum-exps (FlashAttention-2, arXiv
+    2307.08691).
 
     Args:
         q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16. Where the plan
@@ -222,10 +225,10 @@ def tree_attention(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
             if k_cache.dtype != torch.float8_e4m3fn:
-                raise ValueError(f"{name}: expected None for a cache of {k_cache.dtype}, got a tensor")
-            checks.tensor(
-                name, scale, shape=(paged[2],), dtype=torch.float32, device=q.device
-            )
+                raise ValueError(
+                    f"{name}: expected None for a cache of {k_cache.dtype}, got a tensor"
+                )
+            checks.tensor(name, scale, shape=(paged[2],), dtype=torch.float32, device=q.device)
     if min(k_cache.shape[0], v_cache.shape[0]) < plan.page_limit:
         got = f"{k_cache.shape[0]} and {v_cache.shape[0]}"
         raise ValueError(

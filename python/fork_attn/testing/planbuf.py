@@ -40,7 +40,11 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Query rows that items serve together; `items` are lists of runs."""
+    """Query rows that items serve together; `items` are lists of runs.
+
+    `q_rows` are the rows of the query tensor that the rows read: their own, or num_tokens + i for
+    the copy that rotation i makes. With it a row may stand in a block more than once.
+    """
 
     rows: Sequence[int]
     positions: Sequence[int]
@@ -81,7 +85,7 @@ def build_plan(
         page_size: slots in a page.
         window: sliding window in positions, for runs of kind WINDOW.
         partials: items write partial rows even where a row has only one item.
-        rotations: (row, shift) of the query rows from `num_tokens` on.
+        rotations: (row, shift) of the rotated copies of query rows, from `num_tokens` on.
         span_items: items of a span.
 
     Returns:
@@ -96,7 +100,7 @@ def build_plan(
         rows = missing[begin : begin + MAX_BLOCK_TOKENS]
         blocks = [*blocks, BlockSpec(rows, [0] * len(rows), [[]])]
     for index, block in enumerate(blocks):
-        _check_block(block, num_tokens, page_size)
+        _check_block(block, num_tokens, page_size, rotations)
         lists.blocks += [len(lists.tokens), len(block.rows)]
         lists.tokens += block.rows
         lists.q_rows += block.rows if block.q_rows is None else block.q_rows
@@ -119,13 +123,19 @@ def build_plan(
     return _serialise(lists, merge_lists, sizes, rotations, span_items)
 
 
-def _check_block(block: BlockSpec, num_tokens: int, page_size: int) -> None:
+def _check_block(
+    block: BlockSpec, num_tokens: int, page_size: int, rotations: Sequence[tuple[int, int]]
+) -> None:
     if not 1 <= len(block.rows) <= MAX_BLOCK_TOKENS or len(block.rows) != len(block.positions):
         expected = f"1..{MAX_BLOCK_TOKENS} rows with a position each"
         got = f"{len(block.rows)} rows and {len(block.positions)} positions"
         raise ValueError(f"block: expected {expected}, got {got}")
-    if len(set(block.rows)) != len(block.rows) or not all(0 <= r < num_tokens for r in block.rows):
+    distinct = block.q_rows is not None or len(set(block.rows)) == len(block.rows)
+    if not distinct or not all(0 <= r < num_tokens for r in block.rows):
         raise ValueError(f"block: expected distinct rows below {num_tokens}: {list(block.rows)}")
+    outputs = [*range(num_tokens), *(row for row, _ in rotations)]
+    if block.q_rows is not None and [outputs[q] for q in block.q_rows] != list(block.rows):
+        raise ValueError(f"block: expected query rows of its rows, got {list(block.q_rows)}")
     for run in (run for runs in block.items for run in runs):
         slots = len(run.pages) * (1 if run.kind & GATHER else page_size)
         fits = run.first_slot + run.num_slots <= slots
@@ -207,6 +217,8 @@ def _serialise(
         "merge_rows": _words([row for rows in merge_lists for row in rows]),
     }
     offsets = {}
+    if lists.q_rows == lists.tokens:
+        del parts["q_rows"]
     end = HEADER_WORDS
     for name, part in parts.items():
         offsets[f"off_{name}"] = end
@@ -225,6 +237,7 @@ def _serialise(
         num_spans=len(spans) - 1,
         num_rotations=len(rotations),
         num_gather=len(lists.gather),
+        **({} if "q_rows" in parts else {"off_q_rows": offsets["off_tokens"]}),
         **sizes,
         **offsets,
     )
