@@ -125,9 +125,10 @@ class ThreadRecord:
             flags[injection.start : injection.end] = [True] * (injection.end - injection.start)
         return tuple(flags)
 
-    def token_text(self, index: int) -> str:
-        """The text of token `index`."""
-        return self.text[self.text_ends[index - 1] if index else 0 : self.text_ends[index]]
+    def slice_text(self, start: int, end: int) -> str:
+        """The text of tokens [start, end)."""
+        ends = (0, *self.text_ends)
+        return self.text[ends[start] : ends[end]]
 
     @property
     def steps(self) -> tuple[int, int] | None:
@@ -201,7 +202,9 @@ class Trace:
         threads: all records; `threads[0]` is the root, which begins with the prompt.
         events: in order of time.
         steps: the model's forwards from the first to the last of this trace.
-        final: the record whose context and tokens are the answer.
+        answer: what makes up the answer, in reading order, without the prompt. Mostly what the final
+            record sees and wrote; where threads never join, the threads one after another.
+        final: the record that was written last on the way to the answer.
         finish: "done", or what cut it off.
         seed: of the whole; sampling, limits: what was asked for, as plain values.
         page_size: tokens per page; pages_shared: most pages that were seen by two branches or more
@@ -215,6 +218,7 @@ class Trace:
     threads: tuple[ThreadRecord, ...]
     events: tuple[Event, ...]
     steps: tuple[StepRecord, ...]
+    answer: tuple[Span, ...] = ()
     final: int = 0
     finish: Literal["done", "limit", "cancelled"] = "done"
     seed: int = 0
@@ -227,30 +231,16 @@ class Trace:
     def root(self) -> ThreadRecord:
         return self.threads[0]
 
-    def spans(self) -> tuple[Span, ...]:
-        """The answer: what the final record sees and wrote, in order, without the prompt."""
-        last = self.threads[self.final]
-        prompt = len(self.prompt_ids)
-        whole = (*last.context, Span(last.id, 0, len(last.token_ids)))
-        return tuple(
-            Span(s.thread, max(s.start, prompt) if s.thread == 0 else s.start, s.end)
-            for s in whole
-            if s.thread != 0 or s.end > prompt
-        )
-
     @cached_property
     def token_ids(self) -> tuple[int, ...]:
-        """The answer's tokens in the order in which the model sees them, without the prompt."""
-        return tuple(
-            token for s in self.spans() for token in self.threads[s.thread].token_ids[s.start : s.end]
-        )
+        """The answer's tokens, without the prompt."""
+        spans = ((self.threads[s.thread].token_ids, s.start, s.end) for s in self.answer)
+        return tuple(token for ids, start, end in spans for token in ids[start:end])
 
     @cached_property
     def text(self) -> str:
         """The answer's text: that of `token_ids`, tags included."""
-        return "".join(
-            self.threads[s.thread].token_text(i) for s in self.spans() for i in range(s.start, s.end)
-        )
+        return "".join(self.threads[s.thread].slice_text(s.start, s.end) for s in self.answer)
 
     @property
     def total_tokens(self) -> int:

@@ -36,6 +36,7 @@ def loads(text: str) -> Trace:
         raise ValueError(f"text: expected a {FORMAT!r} of version {VERSION}, got {found!r}")
     del data["format"], data["version"]
     try:
+        data["answer"] = tuple(_row(Span, row) for row in data["answer"])
         data["threads"] = tuple(_thread(row) for row in data["threads"])
         data["events"] = tuple(_row(Event, row) for row in data["events"])
         data["steps"] = tuple(_row(StepRecord, row) for row in data["steps"])
