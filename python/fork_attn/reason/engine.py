@@ -380,9 +380,8 @@ def _writers(
     parts = []
     if rows is not None:
         for i, thread in enumerate(fed):
-            if thread.keep_logits and thread.goal == "flush":
+            if thread.goal == "flush":  # for children, or for itself where a fork is refused
                 thread.logits, thread.logits_step = rows[i].clone(), thread.log.fed_steps[-1]
-                thread.keep_logits = False
         if writing:
             parts.append(rows if len(writing) == len(fed) else rows[writing])
     parts += [thread.logits[None] for thread in kept if thread.logits is not None]

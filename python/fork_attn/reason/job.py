@@ -100,7 +100,7 @@ class Job:
         self.max_positions = getattr(
             model.config.get_text_config(decoder=True), "max_position_embeddings", None
         )
-        self.sampler = Sampler(config, processors)
+        self.samplers = [Sampler(config, processors)] * len(self.prompts)
         self.end_tokens = _end_tokens(config, model, tokenizer)
         stop_texts = config.stop_strings or ()
         self.stop_texts = (stop_texts,) if isinstance(stop_texts, str) else tuple(stop_texts)
@@ -158,7 +158,7 @@ class Job:
                     ids,
                     self.protocol,
                     vocabulary,
-                    self.sampler,
+                    self.samplers[i],
                     self.limits,
                     self.seed + i,
                     self.end_tokens,

@@ -104,7 +104,6 @@ class Thread:
         self.task: Any = None
         self.logits: torch.Tensor | None = None
         self.logits_step: int | None = None
-        self.keep_logits = False
         self.tail = ""
         self.detokenizer: Detokenizer | None = None
 
@@ -224,31 +223,26 @@ class Thread:
         else:
             self.left, self.limit_note = max_tokens or -1, "max_tokens"
 
-    def flush(self, *, keep_logits: bool = False) -> Script:
-        """Feeds the queue without sampling, so that forks and joins see all of it.
-
-        Args:
-            keep_logits: keep the last logits, so that children begin by sampling from them.
-        """
+    def flush(self) -> Script:
+        """Feeds the queue without sampling, so that forks and joins see all of it."""
         if self.queue:
-            self.goal, self.keep_logits = "flush", keep_logits
+            self.goal = "flush"
             yield self
 
-    def fork(
-        self, n: int, *, labels: Sequence[str] = (), detach: bool = False, keep_logits: bool = False
-    ) -> Script:
+    def fork(self, n: int, *, labels: Sequence[str] = (), detach: bool = False) -> Script:
         """`n` children that see all that it has written; feeds its queue first.
+
+        A child that is given nothing begins with a token that follows this thread's last one.
 
         Args:
             n: children.
             labels: their names; "thread 1" and so on if empty.
             detach: the thread goes on beside its children instead of waiting for a join.
-            keep_logits: the children begin by sampling what follows its last token.
 
         Returns:
             The children, or an empty list where a limit refuses the fork.
         """
-        yield from self.flush(keep_logits=keep_logits)
+        yield from self.flush()
         return self.run.fork(self, n, labels, detach=detach)
 
     def join(

@@ -32,7 +32,7 @@ class _Samples(Protocol):
 
     def run(self, root: Thread) -> Script:
         labels = [f"sample {i + 1}" for i in range(self.n)]
-        samples = yield from root.fork(self.n, labels=labels, keep_logits=True)
+        samples = yield from root.fork(self.n, labels=labels)
         if not samples:  # a limit refused the fork: one sample is all there is
             yield from root.write()
             return root.answer()
