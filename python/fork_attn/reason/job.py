@@ -107,6 +107,8 @@ class Job:
         self.bias = self._bias()
         self.cache = _cache_of(model, cache)
         self._check_room()
+        if self.protocol.needs_ropes:
+            self.cache._require_ropes(f"protocol {self.protocol.name!r}")
 
     def _bias(self) -> KVBias | None:
         vectors = getattr(self.protocol, "vectors", None)

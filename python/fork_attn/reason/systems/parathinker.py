@@ -1,4 +1,4 @@
-"""ParaThinker (arXiv 2509.04475): several paths from the prompt, then a summary over all of them."""
+"""ParaThinker (arXiv 2509.04475): several paths from the prompt, then a summary over all."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fork_attn.reason.protocol import Protocol, register
-from fork_attn.reason.systems.selection import Scorer
+from fork_attn.reason.systems.selection import Scorer, mean_logprob
 from fork_attn.reason.thread import Ended, Script, Thread, together
 
 
@@ -58,9 +58,8 @@ class _TreeSearch(Protocol):
     def score(self, thread: Thread) -> float:
         """The score of all that leads to a thought."""
         if self.scorer is not None:
-            return self.scorer(thread.answer_text())
-        known = [x for x in thread.answer_logprobs() if x is not None]
-        return sum(known) / len(known) if known else float("-inf")
+            return self.scorer(thread.said()[0])
+        return mean_logprob(thread)
 
 
 @dataclass(frozen=True)
