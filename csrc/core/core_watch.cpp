@@ -237,15 +237,21 @@ void CacheCore::view_of_row(const StepRow& row, std::vector<ViewPart>& out) cons
 void CacheCore::validate_watches() const {
   std::vector<ViewPart> parts;
   for (const StepRow& row : step_.rows) {
+    const Index head = branches_[row.branch].head;
+    if (head == kNone || !store_.links[head].shifted) continue;
+    for (Index at = head; at != kNone; at = store_.links[at].parent) {
+      const Index w = store_.links[at].watch;
+      const Index other = w == kNone ? kNone : store_.watches[w].other;
+      if (other == kNone || branches_[other].step_row < 0) continue;
+      if (!row.draft && !step_.rows[branches_[other].step_row].draft) continue;
+      fail(ErrorKind::kUnsupported,
+           "tokens: branch " + std::to_string(branches_[row.branch].serial) + " watches branch " +
+               std::to_string(branches_[other].serial) +
+               "; neither may draft in a step of both");
+    }
     view_of_row(row, parts);
     const int64_t position = branches_[row.branch].position;
     for (const ViewPart& p : parts) {
-      if (p.row >= 0 && (row.draft || step_.rows[p.row].draft)) {
-        fail(ErrorKind::kUnsupported,
-             "tokens: branch " + std::to_string(branches_[row.branch].serial) +
-                 " watches branch " + std::to_string(branches_[step_.rows[p.row].branch].serial) +
-                 "; neither may draft in a step of both");
-      }
       if (!fits(p.shift) || !fits(position - p.shift) ||
           !fits(position + row.num_tokens - p.shift)) {
         fail(ErrorKind::kValue,

@@ -93,7 +93,8 @@ void Groups::collect_shifted(int32_t row) {
   core_->view_of_row(core_->step().rows[row], view_);
   const std::size_t first_of_row = made_.size();
   for (const ViewPart& p : view_) {
-    const int32_t leaf = p.in_place && p.shift == 0 ? row : leaf_of(row, p, first_of_row);
+    const bool own = p.shift == 0 && p.count == made_[row].count;
+    const int32_t leaf = own ? row : leaf_of(row, p, first_of_row);
     if (p.segment != kNone) {
       parts_.push_back({leaf, p.segment, p.lo, p.hi});
       continue;

@@ -200,11 +200,11 @@ def expand_queries(buffer: torch.Tensor) -> torch.Tensor:
     plan = sections(buffer)
     num_slots = h.page_limit * h.page_size
     mask = torch.zeros(h.num_tokens + h.num_rotations, num_slots, dtype=torch.bool)
-    seen_by = torch.zeros(h.num_tokens, num_slots, dtype=torch.bool)
+    outputs = output_rows(buffer)
+    seen_by = torch.zeros(h.num_tokens, num_slots, dtype=torch.int32)
     for block, run_begin, run_end, _ in plan.items.tolist():
         begin, count = plan.blocks[block].tolist()
-        rows = plan.tokens[begin : begin + count].tolist()
-        q_rows = plan.q_rows[begin : begin + count].tolist()
+        q_rows = plan.q_rows[begin : begin + count].long()
         positions = plan.positions[begin : begin + count]
         for index in range(run_begin, run_end):
             run = run_at(plan, index)
@@ -212,12 +212,13 @@ def expand_queries(buffer: torch.Tensor) -> torch.Tensor:
             pages = plan.pages[run.page_begin + at // h.page_size].long()
             slots = pages * h.page_size + at % h.page_size
             seen = run_visibility(plan, run, positions, h.window)
-            for t in seen.any(1).nonzero().flatten().tolist():
-                own = slots[seen[t]]
-                if bool(seen_by[rows[t], own].any()):
-                    raise ValueError(f"plan: run {index} shows a row a slot that it sees already")
-                seen_by[rows[t], own] = True
-                mask[q_rows[t], own] = True
+            # A query may stand in a block more than once, for different slots.
+            t, j = seen.nonzero(as_tuple=True)
+            mask[q_rows[t], slots[j]] = True
+            where = (outputs[q_rows][:, None].expand_as(seen), slots.expand_as(seen))
+            seen_by.index_put_(where, seen.int(), accumulate=True)
+            if bool((seen_by[where] > 1).any()):
+                raise ValueError(f"plan: run {index} shows a row a slot that it sees already")
     return mask
 
 

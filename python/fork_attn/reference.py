@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fork_attn.plan_format import expand_queries, output_rows
+from fork_attn.rope import Rope
 
 
 def attention(
@@ -56,8 +57,10 @@ def attention(
     scores = scores.masked_fill(~mask, -torch.inf)
     num_rows = len(q) if rows is None else int(rows.max()) + 1
     if rows is not None:
-        empty = scores.new_full((len(scores), num_rows, scores.shape[2]), -torch.inf)
-        scores = empty.index_reduce(1, rows, scores, "amax")
+        merged = scores.new_full((len(scores), num_rows, scores.shape[2]), -torch.inf)
+        for row, part in zip(rows.tolist(), scores.unbind(1), strict=True):
+            merged[:, row] = torch.maximum(merged[:, row], part)
+        scores = merged
     extra = 0 if sinks is None else 1
     if sinks is not None:
         column = sinks.to(dtype)[:, None, None].expand(-1, num_rows, 1)
@@ -70,6 +73,22 @@ def attention(
     weights = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse))
     weights = weights[..., : weights.shape[-1] - extra]
     return torch.einsum("htn,nhd->thd", weights, values), lse[..., 0].T
+
+
+def rerotate(x: torch.Tensor, shift: int, rope: Rope, dtype: torch.dtype) -> torch.Tensor:
+    """Rotated vectors (..., dim) as they would be `shift` positions later, as complex numbers."""
+    pairs = len(rope.inv_freq)
+    if not pairs or not shift:
+        return x.to(dtype)
+    x = x.to(torch.float64)
+    turning = x[..., rope.start : rope.end]
+    split = turning.unflatten(-1, (pairs, 2) if rope.interleaved else (2, pairs))
+    axis = -1 if rope.interleaved else -2
+    angles = shift * torch.tensor(rope.inv_freq, dtype=torch.float64)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    z = torch.complex(split.select(axis, 0), split.select(axis, 1)) * turn
+    new = torch.stack([z.real, z.imag], axis).flatten(-2)
+    return torch.cat([x[..., : rope.start], new, x[..., rope.end :]], -1).to(dtype)
 
 
 def step_mask(
