@@ -70,7 +70,7 @@ def test_samples_of_one_prompt_are_exact(name: str) -> None:
 @pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("first", [False, True])
 def test_parathinker_is_exact(vectors: bool, first: bool) -> None:
-    """Segment mask, shared start, learned vectors on keys and values, summary behind the longest."""
+    """Segment mask, shared start, vectors on keys and values, summary behind the longest path."""
     table = SegmentVectors(torch.randn(3, 2, 32), torch.randn(3, 2, 32)) if vectors else None
     protocol = ParaThinker(paths=3, vectors=table, first_ends_all=first)
     tokenizer = make_tokenizer(protocol)

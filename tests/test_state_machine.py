@@ -93,9 +93,7 @@ class CacheMachine(RuleBasedStateMachine):
         attend: bool = False,
     ) -> None:
         if self.drafts_under_watch(tokens):
-            self.pair.raises(
-                Unsupported, "neither may draft", lambda: self.pair.cache.step(tokens)
-            )
+            self.pair.raises(Unsupported, "neither may draft", lambda: self.pair.cache.step(tokens))
             return
         self.counts["allocating"] += 1
         try:
@@ -214,7 +212,9 @@ class CacheMachine(RuleBasedStateMachine):
     def reorder(self, picks: list[int], indices: list[int]) -> None:
         pair, branches = self.pair, self.several(picks)
         order = [i % len(branches) for i in indices[: len(branches)]]
-        if any(k != i and pair.oracle.is_watched(pair.ids[branches[k]]) for k, i in enumerate(order)):
+        if any(
+            k != i and pair.oracle.is_watched(pair.ids[branches[k]]) for k, i in enumerate(order)
+        ):
             pair.raises(ValueError, "is watched", lambda: pair.cache.reorder(branches, order))
             return
         pair.reorder(branches, order)
@@ -249,9 +249,7 @@ class CacheMachine(RuleBasedStateMachine):
             return False
         oracle, i = self.pair.oracle, self.pair.ids[branch]
         tokens, position = oracle.tokens(i), oracle.position(i)
-        shift = tokens[start].position - (
-            tokens[end].position if end < len(tokens) else position
-        )
+        shift = tokens[start].position - (tokens[end].position if end < len(tokens) else position)
         items, count, moving = oracle.branches[i].items, 0, [position]
         for item in items:
             count += isinstance(item, Token)
