@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fork_attn.reason import records
-from fork_attn.reason.limits import DEFAULT_NEW_TOKENS, Limits
+from fork_attn.reason.limits import Limits
 from fork_attn.reason.sampling import Sampler, thread_seed
 from fork_attn.reason.thread import Thread
 from fork_attn.reason.trace import Event, JoinKind, Span, Status, StepRecord, Trace
@@ -57,7 +57,7 @@ class Run:
         self.threads: dict[Thread, None] = {}
         self.logs: list[records.Log] = []
         self.events: list[Event] = []
-        self.left = self.limits.max_new_tokens or DEFAULT_NEW_TOKENS
+        self.left = self.limits.max_new_tokens
         self.finish: Literal["done", "limit", "cancelled"] | None = None
         self.answer: tuple[Span, ...] = ()
         self.final = 0
@@ -292,8 +292,10 @@ class Run:
             self.event(Event(self.step, kind, next(iter(self.threads)).log.id, note=note))
         if answer is None:
             answer = self.protocol.cut_off(list(self.threads)) if self.threads else ()
-        self.answer, self.finish = answer, finish
+        self.answer = answer
         self.final = answer[-1].thread if answer else 0
+        cut = finish == "done" and self.logs[self.final].status == "limit"
+        self.finish = "limit" if cut else finish
         chosen = {span.thread for span in answer}
         for thread in list(self.threads):
             if finish != "done":

@@ -233,6 +233,13 @@ class Thread:
         self.goal = "write"
         return (yield self)
 
+    def at_limit(self, token: int | None = None) -> Ended:
+        """Its budget is spent."""
+        if self.limit_note == "max_thread_tokens":
+            self.log.status = self.log.status or "limit"
+            self.log.note = self.log.note or self.limit_note
+        return Ended("limit", token=token, note=self.limit_note)
+
     def match(self, token: int) -> str:
         """The stop text that the last token completed, or nothing."""
         assert self.detokenizer is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fork_attn.reason.kv_bias import SegmentVectors
 from fork_attn.reason.protocol import Protocol, register
-from fork_attn.reason.thread import Ended, Script, Thread, together
+from fork_attn.reason.thread import Script, Thread, together
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ class ParaThinker(Protocol):
                 self._close(path, f"</think{i + 1}>")
             yield from root.join(paths, label="summary")
             root.inject("<summary>")
-        ended: Ended = yield from root.write()
-        if ended.reason == "limit":
-            root.log.note = ended.note
+        yield from root.write()
 
     def _close(self, path: Thread, end: str) -> None:
         """Ends a path that was cut off, or that ended without its tag."""
