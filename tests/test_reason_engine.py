@@ -159,7 +159,8 @@ def test_sampling_has_the_distribution_of_transformers(options: dict[str, Any]) 
     model = make_model(make_tokenizer())
     processors = model._get_logits_processor(
         config,
-        0,
+        len(context),
+        torch.tensor([context]),
         device="cpu",
         model_kwargs={},
         logits_processor=transformers.LogitsProcessorList(),
