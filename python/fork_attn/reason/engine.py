@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fork_attn.hf import forward as hf_forward
+from fork_attn.reason.interrupts import Deferred
 from fork_attn.reason.kv_bias import KVBias
 from fork_attn.reason.run import Run
 from fork_attn.reason.script import Ended, Script, Together
@@ -99,22 +100,32 @@ class Engine:
         self._stepper.clock = time.perf_counter()
         try:
             while self._waiting or self._live:
-                self._admit()
-                self._advance()
-                if time.perf_counter() > self._deadline:
-                    self._cut_off("max_seconds")
-                if self._stepper.active:
-                    over = self._stepper.step()
-                    if over:
-                        self._advance()  # a prompt may have ended with its last token
-                        for run in over & self._live.keys():
-                            self._close(run, "limit", "max_new_tokens")
+                with Deferred():
+                    stepped = self._turn()
+                if stepped:
                     yield
         finally:
-            for run in list(self._live):
-                self._close(run, "cancelled", "cancelled from outside")
-            for run in self._waiting:
-                run.complete("cancelled")
+            with Deferred():
+                self._stepper.abort()
+                for run in list(self._live):
+                    self._close(run, "cancelled", "cancelled from outside")
+                for run in self._waiting:
+                    run.complete("cancelled")
+
+    def _turn(self) -> bool:
+        """Lets all scripts go on as far as they can, then makes a step, if there is one to make."""
+        self._admit()
+        self._advance()
+        if time.perf_counter() > self._deadline:
+            self._cut_off("max_seconds")
+        if not self._stepper.active:
+            return False
+        over = self._stepper.step()
+        if over:
+            self._advance()  # a prompt may have ended with its last token
+            for run in over & self._live.keys():
+                self._close(run, "limit", "max_new_tokens")
+        return True
 
     def records(self, first: int = 0) -> list[StepRecord]:
         return [

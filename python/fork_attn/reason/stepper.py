@@ -58,6 +58,12 @@ class Stepper:
         kinds = {(layer.window, layer.plan_shape(cache.dtype)): i for i, layer in layers}
         self._planned_layers = sorted(kinds.values())
 
+    def abort(self) -> None:
+        """Rolls back the step that an interrupt left open."""
+        step = self._cache._open_step
+        if step is not None and any(thread.branch in step.branches for thread in self.active):
+            step.rollback()
+
     def step(self) -> set[Run]:
         """One forward for every thread with something to feed, and one token for every writer.
 
