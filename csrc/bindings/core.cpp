@@ -43,6 +43,8 @@ const char* exception_name(ErrorKind kind) {
       return "ConcurrentUse";
     case ErrorKind::kUnsupported:
       return "Unsupported";
+    case ErrorKind::kDevice:
+      return "DeviceError";
     case ErrorKind::kInvariant:
       return "InvariantError";
     case ErrorKind::kValue:
@@ -129,6 +131,7 @@ void bind_verbs(py::class_<PyCore>& c) {
       .def("fork_at", verb(&CacheCore::fork_at))
       .def("select", verb(&CacheCore::select))
       .def("crop", verb(&CacheCore::crop))
+      .def("take_back", verb(&CacheCore::take_back))
       .def("excise", verb(&CacheCore::excise))
       .def("set_position", verb(&CacheCore::set_position))
       .def("join",
