@@ -21,7 +21,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from fork_attn import hf
 from fork_attn.reason import Limits, Protocol, Trace, get_protocol
 from fork_attn.reason.job import Finished, Job
-from fork_attn.rope import Rope
 
 CHARACTERS = string.ascii_letters + string.digits + " .,:;!?()+-*/=<>#[]{}|'\"_@&%^\n"
 EOS = "<eos>"
@@ -213,10 +212,6 @@ def run_forced(
 ) -> list[Trace]:
     """Runs prompts with forced tokens, one sampler a prompt; checks that all pages come back."""
     cache = hf.attach(model, **{"num_pages": 256, "page_size": 4, **options})
-    if cache._find_ropes is None and model.config.model_type == "llama":
-        theta = model.config.rope_parameters["rope_theta"]
-        for layer in cache._storage.layers:
-            layer.rope = Rope.from_base(layer.head_dim, theta)
     forced = samplers if isinstance(samplers, list) else [samplers]
     job = Job(model, tokenizer, prompts, protocol, cache, GenerationConfig(), limits, 0)
     job.samplers = forced

@@ -316,7 +316,9 @@ def test_best_first_search_is_exact() -> None:
     assert trace.text == "bb\neeee" + EOS
 
 
-def _watchers(texts: list[str], ranges: int | None) -> tuple[Dense, Forced, object, object, object]:
+def _watchers(
+    texts: list[str], ranges: int | None, model_name: str
+) -> tuple[Dense, Forced, object, object, object]:
     """Workers that see each other's tokens of earlier steps and of the same one.
 
     Args:
@@ -330,7 +332,7 @@ def _watchers(texts: list[str], ranges: int | None) -> tuple[Dense, Forced, obje
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}>"
     ids = tokenizer.encode
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, model_name)
     dense = Dense(model)
     prompt = dense.give(ids(f"[{PROMPT}]>"), 0, [])
     written: list[list[int]] = [[] for _ in texts]
@@ -365,10 +367,10 @@ def _watchers(texts: list[str], ranges: int | None) -> tuple[Dense, Forced, obje
 
 
 @pytest.mark.parametrize("ranges", [None, 64], ids=["hogwild", "groupthink"])
-@pytest.mark.parametrize("workers", [2, 3])
-def test_watching_is_exact(ranges: int | None, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "model_name"), [(2, "llama"), (3, "llama"), (2, "qwen3")])
+def test_watching_is_exact(ranges: int | None, workers: int, model_name: str) -> None:
     texts = ["abcdefg" + EOS, "hijklmn" + EOS, "opqrstu" + EOS][:workers]
-    dense, forced, model, tokenizer, protocol = _watchers(texts, ranges)
+    dense, forced, model, tokenizer, protocol = _watchers(texts, ranges, model_name)
     trace = run(model, tokenizer, protocol, forced)
     assert dense.max_error(forced) <= TOLERANCE
     watches = trace.threads[1].watches

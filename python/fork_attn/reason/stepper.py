@@ -180,6 +180,8 @@ class Stepper:
                 self._end(thread, Ended("eos", token=token))
             elif thread.texts and (text := thread.match(token)):
                 self._end(thread, Ended("stop", text, token))
+            elif thread.until is not None and thread.until(thread):
+                self._end(thread, Ended("stop", token=token))
             elif thread.left == 0:
                 self._end(thread, thread.at_limit(token))
             if run.left <= 0:

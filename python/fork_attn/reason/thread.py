@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fork_attn.reason import records
@@ -55,6 +55,7 @@ class Thread:
         self.goal: Literal["write", "flush"] | None = None
         self.stops: dict[int, str] = {}
         self.texts: tuple[str, ...] = ()
+        self.until: Callable[[Thread], bool] | None = None
         self.left = 0
         self.limit_note = ""
         self.exhausted = ""  # the limit for which its queue was taken away
@@ -165,6 +166,7 @@ class Thread:
         stops: Sequence[str] = (),
         *,
         texts: Sequence[str] = (),
+        until: Callable[[Thread], bool] | None = None,
         max_tokens: int | None = None,
         sampler: Sampler | None = None,
     ) -> Script:
@@ -173,6 +175,7 @@ class Thread:
         Args:
             stops: tags that end it, each one token.
             texts: texts that end it wherever they appear in what it writes.
+            until: called after each token; true ends it.
             max_tokens: of this call; then the reason is "limit" and the note "max_tokens".
             sampler: instead of the run's.
 
@@ -181,6 +184,7 @@ class Thread:
         """
         self.stops = self.run.vocabulary.stops(tuple(stops))
         self.texts = (*texts, *self.run.stop_texts)
+        self.until = until
         self.tail = ""
         if self.texts:
             self.detokenizer = Detokenizer(self.run.vocabulary.pieces)
