@@ -128,7 +128,7 @@ def test_positions_that_cannot_be_shifted() -> None:
     tokenizer = make_tokenizer("threadweaver_rebase")
     model = make_model(tokenizer, "gpt2", n_positions=256)
     hf.attach(model, num_pages=8)
-    with pytest.raises(Unsupported, match="protocol 'threadweaver_rebase'"):
+    with pytest.raises(Unsupported, match=r"protocol: 'threadweaver_rebase' reads.*GPT2"):
         call(model, tokenizer, protocol="threadweaver_rebase")
 
 

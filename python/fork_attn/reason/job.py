@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from fork_attn import hf
-from fork_attn.errors import ForeignBranch
+from fork_attn.errors import ForeignBranch, Unsupported
 from fork_attn.hf import _link
 from fork_attn.reason.build_trace import build_trace
 from fork_attn.reason.detokenize import Detokenizer
@@ -109,11 +109,20 @@ class Job:
         self.cache = _cache_of(model, cache)
         self._check_room()
         if self.protocol.needs_ropes:
-            self.cache._require_ropes(f"protocol {self.protocol.name!r}")
+            self._require_ropes()
 
     def _bias(self) -> KVBias | None:
         vectors = getattr(self.protocol, "vectors", None)
         return None if vectors is None else KVBias(self.model, vectors)
+
+    def _require_ropes(self) -> None:
+        try:
+            self.cache._require_ropes("join(rebase=True), watch")
+        except Unsupported as error:
+            raise Unsupported(
+                f"protocol: {self.protocol.name!r} reads tokens at other positions than those they "
+                f"were written at; {error}"
+            ) from None
 
     def _check_room(self) -> None:
         slots = self.cache.num_pages * self.cache.page_size
