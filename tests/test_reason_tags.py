@@ -329,3 +329,14 @@ def test_pages_are_limited() -> None:
     assert notes(trace, "refuse") == [f"max_pages: {used} and 2 more, at most {used + 1}"]
     assert notes(trace, "limit") == [f"max_pages: {used + 1}"]
     assert trace.threads[0].status == "limit" and trace.text.startswith(head + "\nbbb")
+
+
+def test_paths_that_find_no_page_are_joined_as_they_are() -> None:
+    head = listed("multiverse", "12")
+    tokenizer = make_tokenizer("multiverse")
+    used = -(-len(tokenizer.encode(PROMPT + head + "\n")) // 4)
+    trace = one_run(head + "c" * 9, "a" * 99, "b" * 99, limits=Limits(max_pages=used + 9))
+    limited = [event.thread for event in trace.events_of("limit")]
+    assert len(set(limited)) == len(limited) and {1, 2} <= set(limited)
+    assert len(trace.events_of("join")) == 1 and trace.finish == "limit"
+    assert "aaaa" in trace.text and "bbbb" in trace.text
