@@ -295,12 +295,12 @@ void bind_plan(py::module_& m) {
           [](const PlanData& self) {
             return reinterpret_cast<const PlanHeader*>(self.buffer.data())->page_limit;
           })
-      .def_property_readonly(
-          "rotations",
-          [](const PlanData& self) {
-            const auto* h = reinterpret_cast<const PlanHeader*>(self.buffer.data());
-            return py::make_tuple(h->off_rotations, h->num_rotations);
-          })
+      .def_property_readonly("rotations",
+                             [](const PlanData& self) {
+                               const auto* h =
+                                   reinterpret_cast<const PlanHeader*>(self.buffer.data());
+                               return py::make_tuple(h->off_rotations, h->num_rotations);
+                             })
       .def_property_readonly("cost_ns", [](const PlanData& self) { return self.cost_ns; })
       .def_property_readonly("span_ns", [](const PlanData& self) { return self.span_ns; })
       .def_property_readonly("counts", [](const PlanData& self) {

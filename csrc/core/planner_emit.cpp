@@ -35,8 +35,8 @@ void Planner::lay_out_tokens() {
 int32_t Planner::position(const Token& token) const {
   const int64_t position =
       core_->step().positions[core_->step().rows[token.row].row_begin + token.index];
-  return static_cast<int32_t>(
-      token.rotation < 0 ? position : position - rotations_[token.rotation].shift);
+  return static_cast<int32_t>(token.rotation < 0 ? position
+                                                 : position - rotations_[token.rotation].shift);
 }
 
 int32_t Planner::source_of_segment(Index segment) {

@@ -173,8 +173,8 @@ def tree_attention(
     in fp32 and merged over work items by their log-sum-exps (FlashAttention-2, arXiv 2307.08691).
 
     Args:
-        q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16. Where the plan has
-            rotations, their copies stand behind (`fork_attn.rope.with_rotations`).
+        q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16. Where the plan
+            has rotations, their copies stand behind (`fork_attn.rope.with_rotations`).
         k_cache: (num_pages, page_size, num_kv_heads, head_dim), the dtype of `q` or float8_e4m3fn; any
             strides, last dimension contiguous.
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise.

@@ -88,13 +88,17 @@ def turned(x: torch.Tensor, rope: Rope, turn: Turn) -> torch.Tensor:
     half = len(rope.inv_freq)
     a, b = (part[..., 0::2], part[..., 1::2]) if rope.interleaved else part.split(half, -1)
     new_a, new_b = a * cos - b * sin, b * cos + a * sin
-    new = torch.stack([new_a, new_b], -1).flatten(-2) if rope.interleaved else torch.cat(
-        [new_a, new_b], -1
+    new = (
+        torch.stack([new_a, new_b], -1).flatten(-2)
+        if rope.interleaved
+        else torch.cat([new_a, new_b], -1)
     )
     return torch.cat([x[..., : rope.start], new.to(x.dtype), x[..., rope.end :]], -1)
 
 
-def with_rotations(q: torch.Tensor, rotations: torch.Tensor, rope: Rope, turn: Turn) -> torch.Tensor:
+def with_rotations(
+    q: torch.Tensor, rotations: torch.Tensor, rope: Rope, turn: Turn
+) -> torch.Tensor:
     """The query tensor that a plan with rotations reads: `q`, and behind it the rotated copies.
 
     Args:
@@ -124,9 +128,17 @@ def copy_shifted(
             source.
         rope: of the layer.
     """
-    src, dst, shifts = torch.tensor(slots, dtype=torch.int64).T
-    size = k_cache.shape[1]
-    at = tuple(t.to(k_cache.device) for t in (src // size, src % size))
-    to = tuple(t.to(k_cache.device) for t in (dst // size, dst % size))
-    k_cache[to] = turned(k_cache[at], rope, turn_of(rope, shifts))
-    v_cache[to] = v_cache[at]
+    device, size = k_cache.device, k_cache.shape[1]
+    src, dst, shifts = torch.tensor(slots, dtype=torch.int64).T.contiguous()
+    distances, rows = shifts.unique(return_inverse=True)
+    cos, sin = (t.to(device, torch.float32).contiguous() for t in turn_of(rope, distances))
+    src, dst, rows = src.to(device), dst.to(device), rows.to(device)
+    still = k_cache[..., : rope.start] if rope.inv_freq else k_cache
+    if still.shape[-1]:
+        still[dst // size, dst % size] = still[src // size, src % size]
+    if rope.inv_freq:
+        torch.ops.fork_attn.shift_rope(
+            *(k_cache[..., rope.start :], v_cache, src, dst, cos, sin, rows, rope.interleaved)
+        )
+    else:
+        v_cache[dst // size, dst % size] = v_cache[src // size, src % size]

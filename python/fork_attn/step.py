@@ -58,8 +58,8 @@ class Step:
         position_ids: (T,) int64, position of each row.
         slot_mapping: (T,) int64, where each row's K and V go: page * page_size + slot.
         cu_seqlens_q: (n+1,) int32, each branch's first row, and T.
-        seqlens_k: (n,) int32, tokens that each branch sees once the step commits (all of a draft's
-            counted).
+        seqlens_k: (n,) int32, tokens of each branch's context once the step commits (all of a
+            draft's counted, none that it watches).
         last_indices: (n,) int64, each branch's last row.
     """
 

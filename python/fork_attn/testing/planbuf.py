@@ -36,17 +36,24 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Query rows that items serve together; `items` are lists of runs."""
+    """Query rows that items serve together; `items` are lists of runs.
+
+    `q_rows` are the rows of the query tensor that the rows read: their own, or num_tokens + i for
+    the copy that rotation i makes. With it a row may stand in a block more than once.
+    """
 
     rows: Sequence[int]
     positions: Sequence[int]
     items: Sequence[Sequence[RunSpec]]
+    q_rows: Sequence[int] | None = None
 
 
 @dataclass
 class _Lists:
     blocks: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    q_rows: list[int] = field(default_factory=list)
+    rotations: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     items: list[list[int]] = field(default_factory=list)
     runs: list[tuple[int, list[int]]] = field(default_factory=list)
@@ -62,6 +69,7 @@ def build_plan(
     page_size: int,
     window: int = 0,
     partials: bool = False,
+    rotations: Sequence[tuple[int, int]] = (),
 ) -> torch.Tensor:
     """Lays a plan out as csrc/core/plan.h describes.
 
@@ -72,6 +80,7 @@ def build_plan(
         page_size: slots in a page.
         window: sliding window in positions, for runs of kind WINDOW.
         partials: items write partial rows even where a row has only one item.
+        rotations: (row, shift) of the rotated copies of query rows.
 
     Returns:
         (words,) int64.
@@ -79,11 +88,12 @@ def build_plan(
     Raises:
         ValueError: a block or run contradicts itself.
     """
-    lists = _Lists()
+    lists = _Lists(rotations=[value for rotation in rotations for value in rotation])
     for index, block in enumerate(blocks):
-        _check_block(block, num_tokens, page_size)
+        _check_block(block, num_tokens, page_size, rotations)
         lists.blocks += [len(lists.tokens), len(block.rows)]
         lists.tokens += block.rows
+        lists.q_rows += block.rows if block.q_rows is None else block.q_rows
         lists.positions += block.positions
         for runs in block.items:
             begin = len(lists.runs)
@@ -103,13 +113,19 @@ def build_plan(
     return _serialise(lists, merge_lists, sizes)
 
 
-def _check_block(block: BlockSpec, num_tokens: int, page_size: int) -> None:
+def _check_block(
+    block: BlockSpec, num_tokens: int, page_size: int, rotations: Sequence[tuple[int, int]]
+) -> None:
     if not 1 <= len(block.rows) <= MAX_BLOCK_TOKENS or len(block.rows) != len(block.positions):
         expected = f"1..{MAX_BLOCK_TOKENS} rows with a position each"
         got = f"{len(block.rows)} rows and {len(block.positions)} positions"
         raise ValueError(f"block: expected {expected}, got {got}")
-    if len(set(block.rows)) != len(block.rows) or not all(0 <= r < num_tokens for r in block.rows):
+    distinct = block.q_rows is not None or len(set(block.rows)) == len(block.rows)
+    if not distinct or not all(0 <= r < num_tokens for r in block.rows):
         raise ValueError(f"block: expected distinct rows below {num_tokens}: {list(block.rows)}")
+    outputs = [*range(num_tokens), *(row for row, _ in rotations)]
+    if block.q_rows is not None and [outputs[q] for q in block.q_rows] != list(block.rows):
+        raise ValueError(f"block: expected query rows of its rows, got {list(block.q_rows)}")
     for run in (run for runs in block.items for run in runs):
         fits = run.first_slot + run.num_slots <= len(run.pages) * page_size
         if run.num_slots < 1 or not 0 <= run.first_slot < page_size or not fits:
@@ -169,6 +185,7 @@ def _serialise(lists: _Lists, merge_lists: list[list[int]], sizes: dict[str, int
     parts = {
         "blocks": _words(lists.blocks),
         "tokens": _words(lists.tokens),
+        "q_rows": _words(lists.q_rows),
         "positions": _words(lists.positions),
         "items": _words([value for item in lists.items for value in item]),
         "runs": torch.cat([empty, *runs]),
@@ -177,8 +194,11 @@ def _serialise(lists: _Lists, merge_lists: list[list[int]], sizes: dict[str, int
         "spans": _words(range(len(lists.items) + 1)),
         "merge_indptr": _words(indptr),
         "merge_rows": _words([row for rows in merge_lists for row in rows]),
+        "rotations": _words(lists.rotations),
     }
     offsets = {}
+    if lists.q_rows == lists.tokens:
+        del parts["q_rows"]
     end = HEADER_WORDS
     for name, part in parts.items():
         offsets[f"off_{name}"] = end
@@ -195,9 +215,8 @@ def _serialise(lists: _Lists, merge_lists: list[list[int]], sizes: dict[str, int
         num_words=len(lists.words),
         num_merge_rows=indptr[-1],
         num_spans=len(lists.items),
-        off_q_rows=offsets["off_tokens"],
-        num_rotations=0,
-        off_rotations=end,
+        num_rotations=len(lists.rotations) // 2,
+        **({} if "q_rows" in parts else {"off_q_rows": offsets["off_tokens"]}),
         **sizes,
         **offsets,
     )
