@@ -10,6 +10,7 @@ import torch
 from fork_attn import _C
 from fork_attn.plan_format import (
     DIAGONAL,
+    GATHER,
     PER_SLOT,
     WINDOW,
     expand_plan,
@@ -170,8 +171,11 @@ class RandomPlan:
         pages = list(range(self.next_page, self.next_page + num_pages))
         self.next_page += num_pages
         rng.shuffle(pages)
-        kinds = [0, 0, 0, DIAGONAL, WINDOW, PER_SLOT, DIAGONAL | WINDOW, PER_SLOT | WINDOW]
-        kind = rng.choice(kinds) if self.window else rng.choice([0, 0, DIAGONAL, PER_SLOT])
+        kinds = [0, 0, DIAGONAL, WINDOW, PER_SLOT, DIAGONAL | WINDOW, PER_SLOT | WINDOW, GATHER]
+        kind = rng.choice(kinds) if self.window else rng.choice([0, 0, DIAGONAL, PER_SLOT, GATHER])
+        if kind == GATHER:  # slots of these pages, in any order
+            slots = [page * page_size + at for page in pages for at in range(page_size)]
+            pages, first_slot = rng.sample(slots, num_slots), 0
         words = [rng.choice([0, ALL_TOKENS, rng.getrandbits(64)]) for _ in range(num_slots)]
         return RunSpec(
             pages,
@@ -181,7 +185,7 @@ class RandomPlan:
             mask=rng.choice([0, ALL_TOKENS, ALL_TOKENS, ALL_TOKENS, rng.getrandbits(64)]),
             kind=kind,
             diag=rng.randint(-num_tokens - 2, num_slots + 2),
-            words=words if kind & PER_SLOT else (),
+            words=words if kind & (PER_SLOT | GATHER) else (),
         )
 
 

@@ -51,8 +51,8 @@ class ForkedKVCache:
         head_dim_v: of V; None means `head_dim`.
         sliding_window: a row sees keys less than this many positions behind it; None means all.
         page_size: slots of a page.
-        dtype: of K and V: float32, bfloat16, float16, or float8_e4m3fn, which halves a bf16 cache: see
-            `set_scales`.
+        dtype: of K and V: float32, bfloat16, float16, or float8_e4m3fn, which halves a bf16 cache:
+            see `set_scales`.
         device: where K and V live; "meta" keeps the books and makes plans, but holds no KV.
         tail: what a writer does with a part-filled page that it shares and cannot go on in: "seal"
             takes a fresh page, "copy" copies it (copy-on-write), which keeps page tables dense.
@@ -260,8 +260,8 @@ class ForkedKVCache:
         return layer.k_cache, layer.v_cache
 
     def scales(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(k_scale, v_scale) of a layer, (num_kv_heads,) fp32 each, or None: they are not set, or the
-        cache is not e4m3.
+        """(k_scale, v_scale) of a layer, (num_kv_heads,) fp32 each, or None: they are not set, or
+        the cache is not e4m3.
 
         Raises:
             ValueError: no such layer.
@@ -272,8 +272,8 @@ class ForkedKVCache:
         return layer.k_scale, layer.v_scale
 
     def set_scales(self, layer_idx: int, k_scale: torch.Tensor, v_scale: torch.Tensor) -> None:
-        """Sets what the K and V of one layer of an e4m3 cache are divided by when they are stored and
-        multiplied with when they are read.
+        """Sets what the K and V of one layer of an e4m3 cache are divided by when they are stored
+        and multiplied with when they are read.
 
         A layer whose scales are not set when it is first written takes them from the tokens of that
         write, with room for values twice as large.

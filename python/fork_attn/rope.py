@@ -8,7 +8,6 @@ yarn) are plain frequencies here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,33 +111,3 @@ def with_rotations(
     """
     rows = q.index_select(0, rotations[:, 0].to(q.device, torch.int64))
     return torch.cat([q, turned(rows, rope, turn)])
-
-
-def copy_shifted(
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: Sequence[tuple[int, int, int]],
-    rope: Rope,
-) -> None:
-    """Copies slots of a layer, their keys turned.
-
-    Args:
-        k_cache, v_cache: (num_pages, page_size, num_kv_heads, dim).
-        slots: source, destination, and by how many positions the key moves on; no destination is a
-            source.
-        rope: of the layer.
-    """
-    device, size = k_cache.device, k_cache.shape[1]
-    src, dst, shifts = torch.tensor(slots, dtype=torch.int64).T.contiguous()
-    distances, rows = shifts.unique(return_inverse=True)
-    cos, sin = (t.to(device, torch.float32).contiguous() for t in turn_of(rope, distances))
-    src, dst, rows = src.to(device), dst.to(device), rows.to(device)
-    still = k_cache[..., : rope.start] if rope.inv_freq else k_cache
-    if still.shape[-1]:
-        still[dst // size, dst % size] = still[src // size, src % size]
-    if rope.inv_freq:
-        torch.ops.fork_attn.shift_rope(
-            *(k_cache[..., rope.start :], v_cache, src, dst, cos, sin, rows, rope.interleaved)
-        )
-    else:
-        v_cache[dst // size, dst % size] = v_cache[src // size, src % size]
