@@ -327,14 +327,15 @@ def _watchers(
     """
     names = [f"w{i}" for i in range(len(texts))]
     cls = Hogwild if ranges is None else GroupThink
-    options = {} if ranges is None else {"positions": ranges}
+    options = {"own": "<me>", "others": "#"} if ranges is None else {"positions": ranges}
     protocol = cls(workers=tuple(names), task="{question}", prefix="{name}:", finish="", **options)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}>"
     ids = tokenizer.encode
     model = make_model(tokenizer, model_name)
     dense = Dense(model)
-    prompt = dense.give(ids(f"[{PROMPT}]>"), 0, [])
+    prompt = dense.give(ids(f"[{PROMPT}]>" + ("#" if ranges is None else "")), 0, [])
+    header = dense.give(ids("<me>"), len(prompt), prompt)[len(prompt) :] if ranges is None else []
     written: list[list[int]] = [[] for _ in texts]
     rows = [ids(f"{name}:") for name in names]
     sampled = [ids(text) for text in texts]
@@ -355,7 +356,7 @@ def _watchers(
                     if o != w
                     for x in (*written[o], *nodes[o][: i + 1])
                 ]
-                dense.sees[node] = [*prompt, *others, *written[w], *mine[: i + 1]]
+                dense.sees[node] = [*prompt, *others, *header, *written[w], *mine[: i + 1]]
                 if ranges is None:
                     dense.view(node)
         for w, mine in enumerate(nodes):
@@ -374,18 +375,18 @@ def test_watching_is_exact(ranges: int | None, workers: int, model_name: str) ->
     trace = run(model, tokenizer, protocol, forced)
     assert dense.max_error(forced) <= TOLERANCE
     watches = trace.threads[1].watches
-    assert [w.thread for w in watches] == list(range(2, workers + 1))
+    assert [w.thread for w in watches] == list(range(2, workers + 1 + (ranges is None)))
     assert trace.text == f"w0:{texts[0]}"
 
 
 def test_hogwild_answers_over_all_texts() -> None:
-    protocol = Hogwild(task="{question}", prefix="{name}:", finish="So:")
+    protocol = Hogwild(task="{question}", prefix="{name}:", finish="So:", others="#")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}>"
     ids = tokenizer.encode
     forced = Forced({(): ids("91" + EOS), ((1, 0),): ids("ab" + EOS), ((1, 1),): ids("cde")})
     trace = run(make_model(tokenizer), tokenizer, protocol, forced)
-    assert trace.text == f"Alice:abBob:cdeSo:91{EOS}"
+    assert trace.text == f"#Alice:abBob:cdeSo:91{EOS}"
 
 
 def test_threadweaver_by_rebase() -> None:
