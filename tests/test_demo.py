@@ -16,12 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fork_attn.hf as hf
 from fork_attn import demo
-from fork_attn.demo import baseline, facts, main, picture, picture_text, trace
+from fork_attn.demo import baseline, facts, main, picture, trace
 from fork_attn.demo.compare import METHODS, compare
 from fork_attn.demo.decode import Ending, Sampling, Written
 from fork_attn.demo.progress import Reporter
 from fork_attn.demo.session import Session
 from fork_attn.demo.threads import Script, think, write_script
+from fork_attn.reason import text_width
 
 ROOT = Path(__file__).resolve().parent.parent
 OPENINGS = ("One", "The second", "A third, longer opening", "4")
@@ -239,11 +240,11 @@ def test_readme_picture_is_drawn_from_its_trace() -> None:
 
 def test_wrap() -> None:
     text = "some words to wrap " * 20
-    lines = picture_text.wrap(text, 200, lines=3)
+    lines = text_width.wrap(text, 200, lines=3)
     assert len(lines) == 3 and lines[-1].endswith("…")
-    assert all(picture_text.width(line) <= 200 for line in lines)
-    assert picture_text.wrap("", 200, lines=3) == [""]
-    assert picture_text.wrap("short", 200, lines=3) == ["short"]
+    assert all(text_width.width(line) <= 200 for line in lines)
+    assert text_width.wrap("", 200, lines=3) == [""]
+    assert text_width.wrap("short", 200, lines=3) == ["short"]
 
 
 # --- what the user sees

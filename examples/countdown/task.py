@@ -79,7 +79,9 @@ def verify(problem: Problem, answer: Sequence[str]) -> bool:
 
 def is_held_out(numbers: Sequence[int]) -> bool:
     """One in five sets of three numbers is kept for evaluation: the model never sees it."""
-    return len(numbers) == 3 and sum(n * w for n, w in zip(numbers, (7, 3, 11), strict=True)) % 5 == 0
+    return (
+        len(numbers) == 3 and sum(n * w for n, w in zip(numbers, (7, 3, 11), strict=True)) % 5 == 0
+    )
 
 
 def draw(rng: random.Random, held_out: bool) -> Problem:

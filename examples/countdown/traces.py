@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fork_attn.reason.training import Packer, TrainingExample
 from task import OPERATORS, Problem, apply, first_pairs
+
+from fork_attn.reason.training import Packer, TrainingExample
 
 TAGS = (
     "<Parallel>", "<Goal>", "<Outline>", "</Outline>", "</Goal>", "<Path>", "</Path>",

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from task import Problem, draw
 from transformers import LlamaForCausalLM
 
 from fork_attn.reason.training import TrainingExample
-from task import Problem, draw
 
 POOL = 128  # examples drawn together and batched by length, so that little is padding
 
@@ -95,7 +95,9 @@ def train(
     model.train()
     source = batches(make, budget, seed)
     for step in range(budget.steps):
-        data = {k: v.to(device) for k, v in collate(next(source), model.config.pad_token_id).items()}
+        data = {
+            k: v.to(device) for k, v in collate(next(source), model.config.pad_token_id).items()
+        }
         hidden = model.model(
             input_ids=data["input_ids"], position_ids=data["position_ids"],
             attention_mask=data["mask"], use_cache=False,

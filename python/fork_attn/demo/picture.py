@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from fork_attn.demo.picture_text import wrap
 from fork_attn.demo.trace import Node, Trace, load
+from fork_attn.reason.text_width import wrap
 
 WIDTH = 1200
 MARGIN = 36

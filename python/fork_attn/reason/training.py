@@ -1,28 +1,31 @@
 """Branches as one flat training sequence: tokens, positions, who sees whom, which row predicts what.
 
-The mask is given by ranges, one entry a span instead of one a pair of tokens: S spans of a branching
-sequence cost O(S) to keep and can be expanded to the dense mask, or handed to a kernel that takes
-ranges. A token is predicted by the row of the token before it in its own branch. That row may predict
+The mask is given by ranges, one entry a segment instead of one a pair of tokens; it can be expanded to
+the dense mask, or handed to a kernel that takes ranges. A token is predicted by the row of the token before it in its own branch. That row may predict
 several tokens, the first of each child, so labels are pairs `(row, target)`: the usual shift by one
 would let the last token of one child predict the first token of the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from fork_attn.reason.trace import ThreadRecord, Trace
+
 
 @dataclass(frozen=True)
-class Span:
+class Segment:
     """Tokens `start` to `end` (excluded) of the flat sequence, written one after another.
 
     Attributes:
-        sees: ranges `(low, high)` of earlier tokens that all of them see, ascending and apart. A
-            token also sees its own span up to itself.
+        sees: ranges `(low, high)` of other tokens that all of them see, ascending and apart. A token
+            also sees its own segment up to itself.
     """
 
     start: int
@@ -37,7 +40,7 @@ class TrainingExample:
     Attributes:
         token_ids: S token ids.
         position_ids: their positions; threads that ran side by side may share positions.
-        spans: who sees whom, the sequence from its start to its end.
+        segments: who sees whom, the sequence from its start to its end.
         predicted_from: per token the index of the token whose row predicts it, the one before it in
             its own branch; -1 for the first.
         generated: per token whether the model wrote it. Only these have a loss: a prompt, a tag that
@@ -46,7 +49,7 @@ class TrainingExample:
 
     token_ids: tuple[int, ...]
     position_ids: tuple[int, ...]
-    spans: tuple[Span, ...]
+    segments: tuple[Segment, ...]
     predicted_from: tuple[int, ...]
     generated: tuple[bool, ...]
 
@@ -56,11 +59,11 @@ class TrainingExample:
     def dense_mask(self) -> Tensor:
         """(S, S) bool: row i may attend to column j. What attention with an explicit mask takes."""
         mask = torch.zeros(len(self), len(self), dtype=torch.bool)
-        for span in self.spans:
-            rows = slice(span.start, span.end)
-            for low, high in span.sees:
+        for segment in self.segments:
+            rows = slice(segment.start, segment.end)
+            for low, high in segment.sees:
                 mask[rows, low:high] = True
-            length = span.end - span.start
+            length = segment.end - segment.start
             mask[rows, rows] = torch.ones(length, length, dtype=torch.bool).tril()
         return mask
 
@@ -99,7 +102,7 @@ class Packer:
     def __init__(self) -> None:
         self._token_ids: list[int] = []
         self._position_ids: list[int] = []
-        self._spans: list[Span] = []
+        self._segments: list[Segment] = []
         self._predicted_from: list[int] = []
         self._generated: list[bool] = []
 
@@ -149,7 +152,7 @@ class Packer:
         end = start + len(token_ids)
         self._token_ids += token_ids
         self._position_ids += range(position, position + len(token_ids))
-        self._spans.append(Span(start, end, merge_ranges(context)))
+        self._segments.append(Segment(start, end, merge_ranges(context)))
         self._predicted_from += [predicted_from, *range(start, end - 1)]
         self._generated += flags
         return range(start, end)
@@ -158,7 +161,7 @@ class Packer:
         return TrainingExample(
             tuple(self._token_ids),
             tuple(self._position_ids),
-            tuple(self._spans),
+            tuple(self._segments),
             tuple(self._predicted_from),
             tuple(self._generated),
         )
@@ -173,3 +176,109 @@ def merge_ranges(parts: Iterable[range]) -> tuple[tuple[int, int], ...]:
         else:
             merged.append((part.start, part.stop))
     return tuple(merged)
+
+
+def from_trace(
+    trace: Trace, trained: Callable[[ThreadRecord], bool] | None = None
+) -> TrainingExample:
+    """A recorded generation as a training example, token for token as it was generated.
+
+    Threads lie in the order of their records. Tokens that were sampled but never fed, such as an end
+    token, are in it for their label's sake; nobody sees them.
+
+    Args:
+        trace: of any protocol.
+        trained: which threads have a loss, for example those that were not pruned; None: all. Tokens
+            that were injected never have one.
+    """
+    starts = [0, *accumulate(len(thread.token_ids) for thread in trace.threads)]
+    segments: list[Segment] = []
+    predicted_from: list[int] = []
+    generated: list[bool] = []
+    position_ids: list[int] = []
+    for thread, start in zip(trace.threads, starts, strict=False):
+        context = [
+            range(starts[s.thread] + s.start, starts[s.thread] + s.end) for s in thread.context
+        ]
+        positions = _positions(trace, thread)
+        for low, high, watched in _watched_runs(trace, thread):
+            others = [range(starts[t], starts[t] + seen) for t, seen in watched if seen]
+            sees = merge_ranges([*context, *others, range(start, start + low)])
+            segments.append(Segment(start + low, start + high, sees))
+        wanted = trained is None or trained(thread)
+        if thread.token_ids:
+            predicted_from += [
+                _row_before(trace, thread, starts),
+                *range(start, start + len(positions) - 1),
+            ]
+        generated += [wanted and not given for given in thread.injected]
+        position_ids += positions
+    token_ids = tuple(token for thread in trace.threads for token in thread.token_ids)
+    return TrainingExample(
+        token_ids, tuple(position_ids), tuple(segments), tuple(predicted_from), tuple(generated)
+    )
+
+
+def _positions(trace: Trace, thread: ThreadRecord) -> list[int]:
+    """Of each token; one that was never fed goes on from the token before it."""
+    positions: list[int] = []
+    for position in thread.positions:
+        if position is None:
+            position = positions[-1] + 1 if positions else _end_of_context(trace, thread)
+        positions.append(position)
+    return positions
+
+
+def _end_of_context(trace: Trace, thread: ThreadRecord) -> int:
+    if not thread.context:
+        return 0
+    last = thread.context[-1]
+    return _positions(trace, trace.threads[last.thread])[last.end - 1] + 1
+
+
+def _watched_runs(
+    trace: Trace, thread: ThreadRecord
+) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
+    """Runs [low, high) of a thread's tokens that see as much of the watched threads.
+
+    Gives `(low, high, ((other, its tokens seen), ...))`.
+    """
+    seen: list[tuple[tuple[int, int], ...]] = []
+    for i, step in enumerate(thread.fed_steps):
+        index = i - bisect_left(thread.fed_steps[:i], step) if step is not None else 0
+        seen.append(
+            tuple(
+                (w.thread, _seen_of(trace.threads[w.thread], step, index - w.lag))
+                for w in thread.watches
+            )
+            if step is not None
+            else ()
+        )
+    low = 0
+    for high in range(1, len(seen) + 1):
+        if high == len(seen) or seen[high] != seen[low]:
+            yield low, high, seen[low]
+            low = high
+
+
+def _seen_of(other: ThreadRecord, step: int, last_index: int) -> int:
+    """How many of a watched thread's tokens are visible in a step to whom sees up to `last_index`."""
+    fed = [s for s in other.fed_steps if s is not None]
+    before = bisect_left(fed, step)
+    now = bisect_left(fed, step + 1) - before
+    return before + min(now, max(0, last_index + 1))
+
+
+def _row_before(trace: Trace, thread: ThreadRecord, starts: Sequence[int]) -> int:
+    """The flat index of the row that predicts a thread's first token; -1 if there is none.
+
+    The end of the context; where several contexts end there, as in a join, the last of them that was
+    fed in the step whose logits gave the token.
+    """
+    if not thread.context:
+        return -1
+    ends = [(span.thread, span.end - 1) for span in thread.context if len(span)]
+    step = thread.sampled_steps[0]
+    fed = [end for end in ends if trace.threads[end[0]].fed_steps[end[1]] == step]
+    owner, index = fed[-1] if fed and step is not None else ends[-1]
+    return starts[owner] + index
