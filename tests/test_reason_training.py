@@ -1,4 +1,4 @@
-"""Training examples: what a model computes over the flat sequence is what it computed in branches."""
+"""Training examples: over the flat sequence a model computes what it computed in branches."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ def test_every_label_meets_the_logits_that_its_token_was_sampled_from(
     example = from_trace(trace)
     logits = flat_logits(stock, example)
     rows, targets = example.labels()
-    sampled = [key for key in walk.seen]  # (record, token)
-    in_order = sorted(sampled)
+    in_order = sorted(walk.seen)  # (record, token)
     assert len(rows) == len(in_order) == trace.total_tokens
     for row, target, (record, index) in zip(rows, targets, in_order, strict=True):
         torch.testing.assert_close(logits[row], walk.seen[record, index], atol=2e-4, rtol=1e-4)

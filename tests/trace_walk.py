@@ -1,7 +1,7 @@
 """Traces made by hand: forced tokens on a tiny attached model, recorded as the engine records.
 
-The logits that each token was "sampled" from are kept, so that a training example of the trace can be
-compared with what the model saw when it generated.
+The logits that each token was "sampled" from are kept, so that a training example of the trace can
+be compared with what the model saw when it generated.
 """
 
 from __future__ import annotations
@@ -23,25 +23,8 @@ from fork_attn.reason.trace import (
     Trace,
 )
 
-WORDS = [
-    "so",
-    "we",
-    "try",
-    "two",
-    "and",
-    "three",
-    "then",
-    "see",
-    "what",
-    "they",
-    "say",
-    "of",
-    "it",
-    "all",
-    "<b>",
-    "&",
-    "more",
-]
+TEXT = "so we try two and three then see what they say of it all <b> & more"
+WORDS = TEXT.split()
 
 
 @dataclass

@@ -6,6 +6,7 @@ limit; such a result is written as `out`. What has no solution is answered with 
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,9 +29,9 @@ class Problem:
         return [*map(str, self.numbers), "make", str(self.target)]
 
 
-def apply(operator: str, a: int, b: int) -> int | None:
+def apply(sign: str, a: int, b: int) -> int | None:
     """The result, or None where the game forbids it."""
-    result = {"+": a + b, "-": abs(a - b), "*": a * b}[operator]
+    result = {"+": a + b, "-": abs(a - b), "*": a * b}[sign]
     return result if 1 <= result <= LIMIT else None
 
 
@@ -49,8 +50,8 @@ def reachable(numbers: Sequence[int]) -> set[int]:
         return {numbers[0]}
     found: set[int] = set()
     for (a, b), rest in first_pairs(numbers):
-        for operator in OPERATORS:
-            if (result := apply(operator, a, b)) is not None:
+        for sign in OPERATORS:
+            if (result := apply(sign, a, b)) is not None:
                 found |= reachable([result, *rest])
     return found
 
@@ -63,14 +64,14 @@ def verify(problem: Problem, answer: Sequence[str]) -> bool:
     if not answer or len(answer) % 5:
         return False
     for i in range(0, len(answer), 5):
-        a, operator, b, equals, result = answer[i : i + 5]
-        if not (a.isdigit() and b.isdigit() and operator in OPERATORS and equals == "="):
+        a, sign, b, equals, result = answer[i : i + 5]
+        if not (a.isdigit() and b.isdigit() and sign in OPERATORS and equals == "="):
             return False
         for number in (int(a), int(b)):
             if number not in pool:
                 return False
             pool.remove(number)
-        value = apply(operator, int(a), int(b))
+        value = apply(sign, int(a), int(b))
         if value is None or str(value) != result:
             return False
         pool.append(value)
@@ -79,13 +80,12 @@ def verify(problem: Problem, answer: Sequence[str]) -> bool:
 
 def is_held_out(numbers: Sequence[int]) -> bool:
     """One in five sets of three numbers is kept for evaluation: the model never sees it."""
-    return (
-        len(numbers) == 3 and sum(n * w for n, w in zip(numbers, (7, 3, 11), strict=True)) % 5 == 0
-    )
+    weights = (7, 3, 11)
+    return len(numbers) == 3 and sum(map(operator.mul, numbers, weights)) % 5 == 0
 
 
 def draw(rng: random.Random, held_out: bool) -> Problem:
-    """A random problem: one in four has no solution, one in eight of those to train on two numbers."""
+    """A random problem: one in four has no solution, one in eight to train on has two numbers."""
     while True:
         count = 2 if not held_out and rng.random() < 1 / 8 else 3
         numbers = tuple(sorted((rng.randint(1, LARGEST) for _ in range(count)), reverse=True))

@@ -73,7 +73,7 @@ def layout(trace: Trace) -> Layout:
 
 
 def _pieces(thread: ThreadRecord) -> list[Piece]:
-    """Sampled tokens belong to the step that gave them, injected ones to the step that took them."""
+    """Sampled tokens belong to the step that gave them, injected ones to that which took them."""
     found: list[Piece] = []
     given = thread.injected
     prompt = {

@@ -64,7 +64,6 @@ class _Picture:
     def scene(self) -> Scene:
         trace = self.trace
         scene = Scene(WIDTH, 0, f"{len(trace.threads)} threads of {trace.protocol} over time")
-        card = Rect(0.5, 0.5, WIDTH - 1, 0, "card", radius=10, edge="edge")
         body = [self._heading(), self._prompt(), *self._waits()]
         body += [Group([self._curve(c) for c in self.layout.connectors])]
         body += [self._bar(bar) for bar in self.layout.bars]
@@ -135,17 +134,42 @@ class _Picture:
         thread, y, fill = bar.thread, self.top(bar), colour(bar.thread)
         marks: list[Rect | Line | Text] = []
         gap = 1.0 if self.pitch >= 4 else 0.0
-        for start, end, low, high, injected in _merged(bar, self.pitch):
+        middle = y + BAR / 2
+        marks.append(Line(((self.left(bar.start), middle), (self.right(bar.end), middle)), fill))
+        for start, end, low, high, injected in self._cells(bar):
             note = thread.slice_text(low, high) if thread.text_ends else ""
-            x = self.left(start)
-            width = self.right(end) - x - gap
+            if injected:
+                marks.append(Rect(start, y, end - start - gap, BAR, "card"))
             opacity = PALE if injected else 1.0
-            marks.append(Rect(x, y, width, BAR, fill, opacity, note=note.strip() or " "))
+            marks.append(
+                Rect(start, y, end - start - gap, BAR, fill, opacity, note=note.strip() or " ")
+            )
         if thread.status in (*DROPPED, "limit", "malformed"):
             marks.append(Text(self.right(bar.end) + 3, y + BAR - 4, "✕", "faint", fill, bold=True))
         marks += self._words(bar, y + BAR + LINE)
         seen = sorted({span.thread for span in thread.context} | {w.thread for w in thread.watches})
         return Group(marks, {"thread": str(thread.id), "sees": " ".join(map(str, seen))})
+
+    def _cells(self, bar: Bar) -> list[tuple[float, float, int, int, bool]]:
+        """`(left, right, first token, token after the last, injected)` of a bar's marks.
+
+        One for each piece where a step is wide enough to be seen, else runs of alike ones.
+        """
+        found: list[tuple[float, float, int, int, bool]] = []
+        steps = [piece.step for piece in bar.pieces]
+        for piece in bar.pieces:
+            x, beside = self.left(piece.step), steps.count(piece.step)
+            if self.pitch >= 4:
+                part = self.pitch / beside
+                x += part * sum(p.step == piece.step for p in bar.pieces if p.start < piece.start)
+                found.append((x, x + part, piece.start, piece.end, piece.injected))
+                continue
+            last = found[-1] if found else None
+            if last is not None and last[4] == piece.injected and x - last[1] < 0.5:
+                found[-1] = (last[0], x + self.pitch, last[2], piece.end, piece.injected)
+            else:
+                found.append((x, x + self.pitch, piece.start, piece.end, piece.injected))
+        return found
 
     def _words(self, bar: Bar, y: float) -> list[Rect | Line | Text]:
         """A thread's label and text below its bar, as much as fits before the lane's next bar."""
@@ -205,28 +229,6 @@ class _Picture:
             marks.append(Text(x + 17, y, text, "faint", "faint"))
             x += 38 + 7.0 * len(text)
         return Group(marks)
-
-
-def _merged(bar: Bar, pitch: float) -> list[tuple[int, int, int, int, bool]]:
-    """`(first step, step after the last, first token, token after the last, injected)` of marks.
-
-    One for each step where a step is wide enough to be seen, else runs of alike ones.
-    """
-    found: list[tuple[int, int, int, int, bool]] = []
-    for piece in bar.pieces:
-        last = found[-1] if found else None
-        if (
-            pitch < 4
-            and last is not None
-            and last[4] == piece.injected
-            and piece.step in (last[1], last[1] - 1)
-        ):
-            found[-1] = (last[0], piece.step + 1, last[2], piece.end, piece.injected)
-        elif last is not None and last[0] == piece.step:  # header and first token of one step
-            found[-1] = (last[0], last[1], last[2], piece.end, last[4] and piece.injected)
-        else:
-            found.append((piece.step, piece.step + 1, piece.start, piece.end, piece.injected))
-    return found
 
 
 def _runs(values: list[int]) -> list[tuple[int, int, int]]:

@@ -1,9 +1,10 @@
-"""Branches as one flat training sequence: tokens, positions, who sees whom, which row predicts what.
+"""Branches as one flat training sequence: tokens, positions, who sees whom, and labels.
 
-The mask is given by ranges, one entry a segment instead of one a pair of tokens; it can be expanded to
-the dense mask, or handed to a kernel that takes ranges. A token is predicted by the row of the token before it in its own branch. That row may predict
-several tokens, the first of each child, so labels are pairs `(row, target)`: the usual shift by one
-would let the last token of one child predict the first token of the next.
+The mask is given by ranges, one entry a segment instead of one a pair of tokens; it can be expanded
+to the dense mask, or handed to a kernel that takes ranges. A token is predicted by the row of the
+token before it in its own branch. That row may predict several tokens, the first of each child:
+so labels are pairs `(row, target)`. The usual shift by one would let the last token of one child
+predict the first token of the next.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Segment:
     """Tokens `start` to `end` (excluded) of the flat sequence, written one after another.
 
     Attributes:
-        sees: ranges `(low, high)` of other tokens that all of them see, ascending and apart. A token
-            also sees its own segment up to itself.
+        sees: ranges `(low, high)` of other tokens that all of them see, ascending and apart. A
+            token also sees its own segment up to itself.
     """
 
     start: int
@@ -43,8 +44,8 @@ class TrainingExample:
         segments: who sees whom, the sequence from its start to its end.
         predicted_from: per token the index of the token whose row predicts it, the one before it in
             its own branch; -1 for the first.
-        generated: per token whether the model wrote it. Only these have a loss: a prompt, a tag that
-            an engine injected and tokens copied into a text join have none.
+        generated: per token whether the model wrote it. Only these have a loss: a prompt, a tag
+            that an engine injected and tokens copied into a text join have none.
     """
 
     token_ids: tuple[int, ...]
@@ -68,7 +69,7 @@ class TrainingExample:
         return mask
 
     def labels(self) -> tuple[Tensor, Tensor]:
-        """(n,) int64 rows and (n,) int64 token ids that these rows predict; a row may occur twice."""
+        """(n,) int64 rows and the (n,) int64 token ids they predict; a row may occur twice."""
         pairs = [
             (row, token)
             for row, token, trained in zip(
@@ -183,13 +184,13 @@ def from_trace(
 ) -> TrainingExample:
     """A recorded generation as a training example, token for token as it was generated.
 
-    Threads lie in the order of their records. Tokens that were sampled but never fed, such as an end
-    token, are in it for their label's sake; nobody sees them.
+    Threads lie in the order of their records. Tokens that were sampled but never fed, such as an
+    end token, are in it for their label's sake; nobody sees them.
 
     Args:
         trace: of any protocol.
-        trained: which threads have a loss, for example those that were not pruned; None: all. Tokens
-            that were injected never have one.
+        trained: which threads have a loss, for example those that were not pruned; None: all.
+            Tokens that were injected never have one.
     """
     starts = [0, *accumulate(len(thread.token_ids) for thread in trace.threads)]
     segments: list[Segment] = []
@@ -262,7 +263,7 @@ def _watched_runs(
 
 
 def _seen_of(other: ThreadRecord, step: int, last_index: int) -> int:
-    """How many of a watched thread's tokens are visible in a step to whom sees up to `last_index`."""
+    """How many of a watched thread's tokens a step's row sees: of that step up to `last_index`."""
     fed = [s for s in other.fed_steps if s is not None]
     before = bisect_left(fed, step)
     now = bisect_left(fed, step + 1) - before
@@ -272,8 +273,8 @@ def _seen_of(other: ThreadRecord, step: int, last_index: int) -> int:
 def _row_before(trace: Trace, thread: ThreadRecord, starts: Sequence[int]) -> int:
     """The flat index of the row that predicts a thread's first token; -1 if there is none.
 
-    The end of the context; where several contexts end there, as in a join, the last of them that was
-    fed in the step whose logits gave the token.
+    The end of the context; where several contexts end there, as in a join, the last of them that
+    was fed in the step whose logits gave the token.
     """
     if not thread.context:
         return -1
