@@ -41,7 +41,8 @@ class Rect:
     opacity: float = 1.0
     radius: float = 2.0
     edge: str = ""
-    note: str = ""
+    note: str = ""  # shown under the pointer
+    cell: str = ""  # which tokens it stands for, "low-high"
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,10 @@ def _rect(mark: Rect) -> str:
         f'x="{mark.x:.1f}" y="{mark.y:.1f}" width="{max(mark.width, 0.5):.1f}" '
         f'height="{mark.height:.1f}" rx="{mark.radius:g}" class="{css}"{opacity}'
     )
-    return (
-        f"<rect {place}><title>{_text(mark.note)}</title></rect>"
-        if mark.note
-        else f"<rect {place}/>"
-    )
+    place += f' data-cell="{mark.cell}"' if mark.cell else ""
+    if not mark.note:
+        return f"<rect {place}/>"
+    return f"<rect {place}><title>{_text(mark.note)}</title></rect>"
 
 
 def _path(line: Line) -> str:

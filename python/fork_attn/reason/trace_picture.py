@@ -141,9 +141,8 @@ class _Picture:
             if injected:
                 marks.append(Rect(start, y, end - start - gap, BAR, "card"))
             opacity = PALE if injected else 1.0
-            marks.append(
-                Rect(start, y, end - start - gap, BAR, fill, opacity, note=note.strip() or " ")
-            )
+            place = (start, y, end - start - gap, BAR, fill, opacity)
+            marks.append(Rect(*place, note=note.strip() or " ", cell=f"{low}-{high}"))
         if thread.status in (*DROPPED, "limit", "malformed"):
             marks.append(Text(self.right(bar.end) + 3, y + BAR - 4, "✕", "faint", fill, bold=True))
         marks += self._words(bar, y + BAR + LINE)
