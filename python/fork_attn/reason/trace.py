@@ -202,8 +202,8 @@ class Trace:
         threads: all records; `threads[0]` is the root, which begins with the prompt.
         events: in order of time.
         steps: the model's forwards from the first to the last of this trace.
-        answer: what makes up the answer, in reading order, without the prompt. Mostly what the final
-            record sees and wrote; where threads never join, the threads one after another.
+        answer: what makes up the answer, in reading order, without the prompt. Mostly what the
+            final record sees and wrote; where threads never join, one after another.
         final: the record that was written last on the way to the answer.
         finish: "done", or what cut it off.
         seed: of the whole; sampling, limits: what was asked for, as plain values.

@@ -42,7 +42,9 @@ def loads(text: str) -> Trace:
         data["steps"] = tuple(_row(StepRecord, row) for row in data["steps"])
         return _row(Trace, data)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"text: expected a whole trace, got one that is damaged: {error}") from None
+        raise ValueError(
+            f"text: expected a whole trace, got one that is damaged: {error}"
+        ) from None
 
 
 def _thread(row: dict[str, Any]) -> ThreadRecord:
