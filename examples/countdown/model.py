@@ -20,6 +20,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word of the game."""
     numbers = [str(n) for n in range(LIMIT + 1)]
     words = [*numbers, *OPERATORS, "=", "make", "try", ANSWER, "out", "hit", "miss", "none"]
+    words += ["1:", "2:", "3:"]
     vocabulary = {word: i for i, word in enumerate([PAD, EOS, *TAGS, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -87,7 +87,7 @@ def parallel_example(problem: Problem, encode: Encode) -> TrainingExample:
         search, solution = search_pair(pair, rest, problem.target)
         if solution and answer == ["none"]:
             answer = solution
-        words = ["<Path>", str(number), *search, "</Path>"]
+        words = ["<Path>", f"{number}:", *search, "</Path>"]
         flags = [False, False] + [True] * (len(words) - 2)
         paths.append(
             packer.add(
@@ -109,8 +109,8 @@ def goal_words(problem: Problem) -> list[str]:
     """The opening of a fork: one outline for each pair."""
     outlines = [
         word
-        for (a, b), _ in first_pairs(problem.numbers)
-        for word in ("<Outline>", str(a), str(b), "</Outline>")
+        for number, ((a, b), _) in enumerate(first_pairs(problem.numbers), start=1)
+        for word in ("<Outline>", f"{number}:", str(a), str(b), "</Outline>")
     ]
     return ["<Parallel>", "<Goal>", *outlines, "</Goal>"]
 
