@@ -27,7 +27,7 @@ LAYERS = (
     ("",),  # fork_attn/__init__.py, the public names
     ("hf",),
     ("reason",),
-    ("demo", "plan_report", "plan_picture", "plan_command"),
+    ("demo", "plan_report", "plan_picture", "plan_command", "reason_command"),
     ("cli", "__main__"),
     ("testing",),  # for tests alone
 )
@@ -39,7 +39,7 @@ ORACLES = ("reference", "reference_cache")
 RESTRICTED = {
     "triton": ("kernels",),
     "transformers": ("hf", "reason", "demo"),
-    "rich": ("demo", "plan_command"),
+    "rich": ("reason", "demo", "plan_command", "reason_command"),
     "matplotlib": ("demo", "reason"),
 }
 

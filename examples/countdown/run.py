@@ -14,7 +14,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from traces import parallel_example, serial_example
 from training import Budget, train
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from fork_attn import hf
 from fork_attn.reason import trace_picture
@@ -47,6 +48,7 @@ def main() -> None:
     console = Console()
     tokenizer = make_tokenizer()
     budget = BUDGETS["quick" if args.quick else args.device]
+    budget = replace(budget, steps=args.steps or budget.steps)
     models, training = {}, {}
     for name in [args.only] if args.only else list(MAKERS):
         models[name], training[name] = get_model(name, args, budget, tokenizer, console)
@@ -72,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a larger one"
     )
+    parser.add_argument("--steps", type=int, metavar="N", help="of training (default: 1500)")
     parser.add_argument("--problems", type=int, metavar="N", help="to evaluate (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and problems (default: 0)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
@@ -89,6 +92,8 @@ def parse() -> argparse.Namespace:
         args.problems = 6 if args.quick else 300
     if args.problems < 1:
         parser.error(f"--problems: expected at least 1, got {args.problems}")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps: expected at least 1, got {args.steps}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: cuda is not available here")
     if args.only and not args.models:
@@ -126,6 +131,7 @@ def get_model(
         )  # fmt: skip
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": budget.steps,
         "tokens": tokens,
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
