@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hf_models import build, stock_copy
+from reason_pair import EOS, Forced, make_model, make_tokenizer, run_forced
 from trace_walk import Walk, nested
 
 from fork_attn.reason.trace import Trace, Watching
@@ -90,6 +91,48 @@ def test_the_hazards(walked: tuple[torch.nn.Module, Walk, Trace]) -> None:
     assert sum(example.generated) == len(example.labels()[0]) == trace.total_tokens
     # Three siblings are enough: nothing is read off the second one.
     assert len(trace.events_of("fork")[0].others) == 3
+
+
+SCRIPTS = {
+    "multiverse": (
+        "Hm<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline><Outline>3: c</Outline>"
+        "</Goal>",
+        ("short</Path>", "a much longer one</Path>", "middling</Path>"),
+        "so 7.</Parallel>" + EOS,
+    ),
+    "threadweaver": (
+        "<Parallel><Outlines><Outline>1: a</Outline><Outline>2: b</Outline><Outline>3: c</Outline>"
+        "</Outlines>",
+        ("one</Thread>", "second</Thread>", "3rd</Thread>"),
+        "</Parallel> so no" + EOS,
+    ),
+    "self_consistency": ("", ("one" + EOS, "second" + EOS, "3rd" + EOS, "4" + EOS), ""),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_traces_of_protocols(name: str) -> None:
+    """Union joins, text joins, whose copies have no loss, and samples without a join."""
+    head, paths, tail = SCRIPTS[name]
+    tokenizer = make_tokenizer(name)
+    model = make_model(tokenizer)
+    ids = tokenizer.encode
+    script = {((1, i),): ids(path) for i, path in enumerate(paths)}
+    if head:
+        script[()] = ids(head) + ids(tail)
+    forced = Forced(script)
+    stock = stock_copy(model, "gemma2")  # eager
+    (trace,) = run_forced(model, tokenizer, "Is 91 prime?", name, forced)
+    assert forced.used_up
+    example = trace.training_example()
+    logits = flat_logits(stock, example)
+    rows, targets = example.labels()
+    want = sorted(forced.places)  # (record, token)
+    assert len(want) == len(rows) == trace.total_tokens == sum(map(len, script.values()))
+    for row, target, (record, index) in zip(rows, targets, want, strict=True):
+        seen = forced.rows[forced.places[record, index]]
+        torch.testing.assert_close(logits[row], seen, atol=1e-4, rtol=1e-4)
+        assert target == trace.threads[record].token_ids[index]
 
 
 def test_loss_is_the_cross_entropy_of_generated_tokens() -> None:

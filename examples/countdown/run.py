@@ -36,7 +36,7 @@ MAKERS = {"parallel": parallel_example, "serial": serial_example}
 BUDGETS = {
     "cpu": Budget(steps=1500, tokens_per_step=2048),
     "cuda": Budget(steps=8000, tokens_per_step=16384, learning_rate=1e-3),
-    "quick": Budget(steps=40, tokens_per_step=1024),
+    "quick": Budget(steps=20, tokens_per_step=1024),
 }
 TABLE_BUDGETS = (40, 60, 80, 100, 120, 160, 200, 240)
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a minute: 40 steps, 6 problems")
+    parser.add_argument("--quick", action="store_true", help="a minute: 20 steps, 2 problems")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a larger one"
     )
@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", choices=tuple(MAKERS), help="train this model, then stop")
     args = parser.parse_args()
     if args.problems is None:
-        args.problems = 6 if args.quick else 300
+        args.problems = 2 if args.quick else 300
     if args.problems < 1:
         parser.error(f"--problems: expected at least 1, got {args.problems}")
     if args.steps is not None and args.steps < 1:

@@ -135,7 +135,7 @@ def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype, None)
-    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+    if dtype != "auto" and not getattr(dtype, "is_floating_point", False):
         raise ValueError(f"--dtype: expected auto or a dtype such as bfloat16, got {args.dtype!r}")
     if args.model.startswith(("/", ".", "~")) and not Path(args.model).expanduser().is_dir():
         raise ValueError(
