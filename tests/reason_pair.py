@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from fork_attn import hf
 from fork_attn.reason import Limits, Protocol, Trace, get_protocol
 from fork_attn.reason.job import Finished, Job
+from fork_attn.rope import Rope
 
 CHARACTERS = string.ascii_letters + string.digits + " .,:;!?()+-*/=<>#[]{}|'\"_@&%^\n"
 EOS = "<eos>"
@@ -84,6 +85,7 @@ class Dense:
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.sees: list[list[int]] = []
+        self.views: list[dict[int, int]] = []
         self.expected: dict[tuple[Path, int], int] = {}
         self.count: dict[Path, int] = {}
 
@@ -100,6 +102,20 @@ class Dense:
             self.positions.append(position + i)
             self.sees.append(list(line))
         return line
+
+    def view(self, node: int) -> None:
+        """Lays what a node sees end to end, whatever the positions at which it was written."""
+        self.views += [{}] * (node + 1 - len(self.views))
+        self.views[node] = {other: i for i, other in enumerate(self.sees[node])}
+
+    def relative(self) -> torch.Tensor:
+        """(n, n): by how much the query of token i is turned from the key of token j."""
+        position = torch.tensor(self.positions)
+        offsets = position[:, None] - position[None, :]
+        for i, view in enumerate(self.views):
+            for j, at in view.items():
+                offsets[i, j] = view[i] - at
+        return offsets
 
     def sample(
         self, path: Path, ids: Sequence[int], position: int, seen: Sequence[int], fed: bool = True
@@ -126,6 +142,9 @@ class Dense:
         for node, seen in enumerate(self.sees):
             visible[node, seen] = True
         mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+        if self.views:
+            use_relative(self.stock, self.relative())
+            self.positions = [0] * n  # at position 0 RoPE turns nothing
         with torch.no_grad():
             logits = self.stock(
                 input_ids=torch.tensor([self.tokens]),
@@ -139,6 +158,28 @@ class Dense:
         return (got - want).abs().max().item()
 
 
+def use_relative(model: transformers.PreTrainedModel, relative: torch.Tensor) -> None:
+    """Makes a Llama-like model turn the query of token i for each key j by relative[i, j]."""
+    theta = model.config.rope_parameters["rope_theta"]
+
+    def attention(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        dim, groups = query.shape[-1], query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angle = relative[..., None].double() * frequency  # (n, n, dim / 2)
+        cos, sin = (x.float() for x in (angle.cos(), angle.sin()))
+        a, b = query[:, :, :, None].chunk(2, dim=-1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        scores = torch.einsum("bhijd,bhjd->bhij", turned, key) * scaling + mask
+        out = scores.softmax(-1) @ value
+        return out.transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("relative_reference", attention)
+    model.config._attn_implementation = "relative_reference"
+
+
 def dense_of_trace(model: transformers.PreTrainedModel, trace: Trace, forced: Forced) -> Dense:
     """The dense pass that a trace describes by its spans, watches and positions alone."""
     dense = Dense(model)
@@ -148,6 +189,11 @@ def dense_of_trace(model: transformers.PreTrainedModel, trace: Trace, forced: Fo
         for i, token in enumerate(thread.token_ids):
             if (place := forced.places.get((thread.id, i))) is not None:
                 dense.expected[place] = seen[-1]
+            elif i == 0 and thread.kind == "continuation" and not thread.injected[0]:
+                # Sampled before the join, and fed behind it.
+                before = trace.threads[thread.parents[0]]
+                last = len(before.token_ids)
+                dense.expected[forced.places[before.id, last]] = nodes[before.id, last - 1]
             position = thread.positions[i]
             if position is not None:
                 seen = dense.give([token], position, seen)
@@ -167,6 +213,10 @@ def run_forced(
 ) -> list[Trace]:
     """Runs prompts with forced tokens, one sampler a prompt; checks that all pages come back."""
     cache = hf.attach(model, **{"num_pages": 256, "page_size": 4, **options})
+    if cache._find_ropes is None and model.config.model_type == "llama":
+        theta = model.config.rope_parameters["rope_theta"]
+        for layer in cache._storage.layers:
+            layer.rope = Rope.from_base(layer.head_dim, theta)
     forced = samplers if isinstance(samplers, list) else [samplers]
     job = Job(model, tokenizer, prompts, protocol, cache, GenerationConfig(), limits, 0)
     job.samplers = forced

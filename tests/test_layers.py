@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "_env", "_C"),
     ("checks",),
-    ("plan", "plan_format"),
+    ("plan", "plan_format", "rope"),
     ("storage",),
     ("kernels",),
     ("ops", "reference", "reference_cache"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from reason_pair import (
     EOS,
@@ -18,7 +16,6 @@ from reason_pair import (
 )
 
 from fork_attn.reason import Limits, Trace
-from fork_attn.reason.systems.published import multiverse, threadweaver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,8 +1,12 @@
 #include "core.h"
 
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <atomic>
+#include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <tuple>
@@ -115,6 +119,8 @@ auto list(void (CacheCore::*method)(Handle, std::vector<T>&) const) {
   };
 }
 
+using CopySlots = std::function<void(const std::vector<std::array<int64_t, 3>>&)>;
+
 void bind_verbs(py::class_<PyCore>& c) {
   c.def("enter", &PyCore::enter)
       .def("leave", &PyCore::leave)
@@ -127,13 +133,23 @@ void bind_verbs(py::class_<PyCore>& c) {
       .def("set_position", verb(&CacheCore::set_position))
       .def("join",
            [](PyCore& self, Handle branch, const std::vector<Handle>& children,
-              const std::string& mode, int64_t position) {
+              const std::string& mode, int64_t position, bool rebase,
+              const std::optional<CopySlots>& copy) {
              Use use(self);
-             const JoinPosition m = mode == "max"   ? JoinPosition::kMax
-                                    : mode == "sum" ? JoinPosition::kSum
-                                                    : JoinPosition::kGiven;
-             self.core.join(branch, children, m, position);
+             JoinRequest request;
+             request.mode = mode == "max"   ? JoinPosition::kMax
+                            : mode == "sum" ? JoinPosition::kSum
+                                            : JoinPosition::kGiven;
+             request.position = position;
+             request.rebase = copy ? Rebase::kCopy : rebase ? Rebase::kShift : Rebase::kNo;
+             request.copy = [&](const std::vector<RotatedCopy>& slots) {
+               std::vector<std::array<int64_t, 3>> out;
+               for (const RotatedCopy& s : slots) out.push_back({s.src_slot, s.dst_slot, s.shift});
+               (*copy)(out);
+             };
+             self.core.join(branch, children, request);
            })
+      .def("watch", verb(&CacheCore::watch))
       .def("reorder",
            [](PyCore& self, const std::vector<Handle>& branches,
               const std::vector<int64_t>& indices) {
@@ -164,6 +180,14 @@ void bind_queries(py::class_<PyCore>& c) {
                out.append(py::make_tuple(p.segment, p.lo, p.hi, p.first_position));
              return out;
            })
+      .def("view",
+           [](const PyCore& self, Handle branch) {
+             std::vector<int64_t> slots;
+             std::vector<int64_t> positions;
+             self.core.view(branch, slots, positions);
+             return py::make_tuple(slots, positions);
+           })
+      .def("watched", query(&CacheCore::watched))
       .def("stats",
            [](const PyCore& self) {
              const CoreStats s = self.core.stats();
@@ -267,6 +291,12 @@ void bind_plan(py::module_& m) {
           "page_limit",
           [](const PlanData& self) {
             return reinterpret_cast<const PlanHeader*>(self.buffer.data())->page_limit;
+          })
+      .def_property_readonly(
+          "rotations",
+          [](const PlanData& self) {
+            const auto* h = reinterpret_cast<const PlanHeader*>(self.buffer.data());
+            return py::make_tuple(h->off_rotations, h->num_rotations);
           })
       .def_property_readonly("cost_ns", [](const PlanData& self) { return self.cost_ns; })
       .def_property_readonly("span_ns", [](const PlanData& self) { return self.span_ns; })

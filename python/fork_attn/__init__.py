@@ -26,6 +26,7 @@ from fork_attn.errors import (
 )
 from fork_attn.ops import merge_states, tree_attention
 from fork_attn.plan import Plan
+from fork_attn.rope import Rope
 from fork_attn.step import Draft, Step
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "OutOfPages",
     "Plan",
     "PlanCapacityExceeded",
+    "Rope",
     "StaleBranch",
     "StalePlan",
     "Step",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,7 +11,9 @@ import torch
 from fork_attn import _C, checks, ops
 from fork_attn.branch import Branch, make_branch
 from fork_attn.errors import ForeignBranch, StalePlan, Unsupported
+from fork_attn.plan import Plan
 from fork_attn.render import render_cache
+from fork_attn.rope import Rope, turn_of, with_rotations
 from fork_attn.step import Draft, Step
 from fork_attn.storage import KVStorage, Layer, PerLayer, make_layers
 
@@ -54,6 +56,8 @@ class ForkedKVCache:
         backend: see `tree_attention`.
         batch_invariant: not part of this version.
         num_workers: workers that plans are balanced for; None means the device's cores.
+        rope: how the layers' keys turn with their positions, for `join(rebase=...)`, `watch` and
+            `excise(rebase=True)`; None: not known, so that these are refused.
 
     Raises:
         ValueError, TypeError: an argument is off.
@@ -79,6 +83,7 @@ class ForkedKVCache:
         backend: ops.Backend = "auto",
         batch_invariant: bool = False,
         num_workers: int | None = None,
+        rope: PerLayer[Rope | None] = None,
     ) -> None:
         num_layers = checks.integer("num_layers", num_layers, low=1)
         self.num_pages = checks.integer("num_pages", num_pages, low=1)
@@ -103,7 +108,7 @@ class ForkedKVCache:
         self.num_workers = checks.integer("num_workers", workers, low=1)
         head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
         self._storage = KVStorage(
-            make_layers(num_layers, num_q_heads, num_kv_heads, *head_dims, sliding_window),
+            make_layers(num_layers, num_q_heads, num_kv_heads, *head_dims, sliding_window, rope),
             num_pages=self.num_pages,
             page_size=self.page_size,
             dtype=dtype,
@@ -114,6 +119,7 @@ class ForkedKVCache:
         self._refs: dict[int, weakref.ref[Branch]] = {}
         self._dropped: list[int] = []
         self._step_ref: weakref.ref[Step] | None = None
+        self._find_ropes: Callable[[], Sequence[Rope]] | None = None  # if not given; may refuse
 
     @classmethod
     def _lazy(cls, **kwargs: Any) -> ForkedKVCache:
@@ -224,6 +230,8 @@ class ForkedKVCache:
         self._core.enter()
         try:
             torch.ops.fork_attn.store_kv(k, v, k_cache, v_cache, step.slot_mapping)
+            if plan.rotations is not None:
+                q = _with_rotations(q, layer, plan)
             out, _ = ops.run_tree_attention(q, k_cache, v_cache, plan, *options, self.backend)
         finally:
             self._core.leave()
@@ -289,6 +297,19 @@ class ForkedKVCache:
         step = self._step_ref() if self._step_ref is not None else None
         return step if step is not None and step.state == "open" else None
 
+    def _require_ropes(self, verb: str) -> None:
+        """Before a verb that shifts positions: every layer's RoPE must be known."""
+        layers = self._storage.layers
+        if self.device.type == "meta" or all(layer.rope is not None for layer in layers):
+            return
+        if self._find_ropes is None:
+            raise Unsupported(
+                f"{verb}: the cache does not know how keys turn with their positions; "
+                "expected rope=... when it was made"
+            )
+        for layer, rope in zip(layers, self._find_ropes(), strict=True):
+            layer.rope = rope
+
     def _verb(self) -> Any:
         self._free_dropped()
         return self._core
@@ -337,3 +358,11 @@ class ForkedKVCache:
         rows = (step.num_tokens, layer.num_kv_heads)
         checks.tensor("k", k, shape=(*rows, layer.head_dim), dtype=self.dtype, device=self.device)
         checks.tensor("v", v, shape=(*rows, layer.head_dim_v), dtype=self.dtype, device=self.device)
+
+
+def _with_rotations(q: torch.Tensor, layer: Layer, plan: Plan) -> torch.Tensor:
+    rope, rotations = layer.rope, plan.rotations
+    assert rope is not None and rotations is not None
+    if rope not in plan.turns:
+        plan.turns[rope] = turn_of(rope, -rotations[:, 1])
+    return with_rotations(q, rotations, rope, plan.turns[rope])

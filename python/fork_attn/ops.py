@@ -186,7 +186,8 @@ def tree_attention(
     in fp32 and merged over work items by their log-sum-exps (FlashAttention-2, arXiv 2307.08691).
 
     Args:
-        q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16.
+        q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16. Where the plan has
+            rotations, their copies stand behind (`fork_attn.rope.with_rotations`).
         k_cache: (num_pages, page_size, num_kv_heads, head_dim), the dtype of `q`; any strides, last
             dimension contiguous.
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise.
@@ -210,7 +211,9 @@ def tree_attention(
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
     backend_name = resolve_backend(backend, q.device)
-    q = checks.tensor("q", q, shape=(plan.counts["num_tokens"], "num_q_heads", "head_dim"))
+    num_rotations = 0 if plan.rotations is None else len(plan.rotations)
+    num_rows = plan.counts["num_tokens"] + num_rotations
+    q = checks.tensor("q", q, shape=(num_rows, "num_q_heads", "head_dim"))
     if q.dtype not in _DTYPES:
         raise TypeError(f"q: expected dtype float32, bfloat16 or float16, got {q.dtype}")
     num_q_heads, head_dim = q.shape[1], q.shape[2]
@@ -265,16 +268,17 @@ def run_tree_attention(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`tree_attention` of arguments that are checked, on a backend that is resolved."""
+    num_tokens = plan.counts["num_tokens"]
     if backend == "reference":
         from fork_attn.reference import tree_attention_reference
 
         return tree_attention_reference(
             q, k_cache, v_cache, plan.buffer, softmax_scale=scale, softcap=cap or None, sinks=sinks
         )
-    result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fork_attn.tree_attention(
+    out, lse = torch.ops.fork_attn.tree_attention(
         q, k_cache, v_cache, plan.buffer, scale, cap, sinks
     )
-    return result
+    return (out, lse) if len(q) == num_tokens else (out[:num_tokens], lse[:num_tokens])
 
 
 def merge_states(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 
 from fork_attn import _C, checks
 from fork_attn.plan import PlanShape
+from fork_attn.rope import Rope, copy_shifted
 
 T = TypeVar("T")
 PerLayer = Union[T, Sequence[T]]  # noqa: UP007 - a generic alias must exist at run time
@@ -26,6 +27,7 @@ class Layer:
     head_dim: int
     head_dim_v: int
     window: int | None
+    rope: Rope | None = None  # None: not known
     # (num_pages, page_size, num_kv_heads, dim) views; in memory one head's page is contiguous.
     k_cache: torch.Tensor | None = None
     v_cache: torch.Tensor | None = None
@@ -118,6 +120,14 @@ class KVStorage:
                 paged_argument(cache), src.data_ptr(), dst.data_ptr(), len(src), *_page_shape(cache)
             )
 
+    def copy_shifted(self, slots: Sequence[tuple[int, int, int]]) -> None:
+        """Copies slots (from, to, positions to move on) in every layer, keys turned."""
+        for layer in self.layers:
+            if layer.k_cache is None or layer.v_cache is None or self.device.type == "meta":
+                continue
+            assert layer.rope is not None
+            copy_shifted(layer.k_cache, layer.v_cache, slots, layer.rope)
+
     def _allocate(self, layer: Layer) -> None:
         layer.k_cache, layer.v_cache = (
             torch.empty(
@@ -151,6 +161,7 @@ def make_layers(
     head_dim: PerLayer[int],
     head_dim_v: PerLayer[int],
     sliding_window: PerLayer[int | None],
+    rope: PerLayer[Rope | None],
 ) -> list[Layer]:
     """The layers of a cache, checked. See `ForkedKVCache` for the arguments.
 
@@ -174,10 +185,11 @@ def make_layers(
         None if window is None else checks.integer("sliding_window", window, low=1)
         for window in checks.per_layer("sliding_window", sliding_window, num_layers)
     ]
+    ropes = checks.per_layer("rope", rope, num_layers)
     layers = [
-        Layer(i, q_heads, kv_heads, dim, dim_v, window)
-        for i, (q_heads, kv_heads, dim, dim_v, window) in enumerate(
-            zip(*columns, windows, strict=True)
+        Layer(i, q_heads, kv_heads, dim, dim_v, window, layer_rope)
+        for i, (q_heads, kv_heads, dim, dim_v, window, layer_rope) in enumerate(
+            zip(*columns, windows, ropes, strict=True)
         )
     ]
     for layer in layers:
@@ -185,5 +197,14 @@ def make_layers(
             raise ValueError(
                 f"num_q_heads: expected a multiple of num_kv_heads {layer.num_kv_heads}, "
                 f"got {layer.num_q_heads}"
+            )
+        if layer.rope is None:
+            continue
+        if not isinstance(layer.rope, Rope):
+            raise TypeError(f"rope: expected Rope or None, got {type(layer.rope).__name__}")
+        if layer.rope.end > layer.head_dim:
+            raise ValueError(
+                f"rope: expected at most head_dim {layer.head_dim} dimensions, got one that turns "
+                f"[{layer.rope.start}, {layer.rope.end})"
             )
     return layers

@@ -31,7 +31,7 @@ class CustomGenerate:
     """A decoding loop for `model.generate(input_ids, custom_generate=CustomGenerate(...))`.
 
     The call returns prompts with their answers, padded on the right. Its own logits processors are
-    used; `max_new_tokens`, `max_time` and `stop_strings` hold for each prompt.
+    used; `max_new_tokens` is for each thread.
 
     Args:
         tokenizer: the model's.
@@ -62,9 +62,9 @@ class CustomGenerate:
         logits_processor: Sequence[LogitsProcessor],
         stopping_criteria: Sequence[StoppingCriteria],
         generation_config: GenerationConfig,
-        attention_mask: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> torch.Tensor:
+        attention_mask = model_kwargs.get("attention_mask")
         for criterion in stopping_criteria:
             if not isinstance(criterion, _KNOWN_CRITERIA):
                 raise Unsupported(
@@ -94,8 +94,8 @@ class CustomGenerate:
 
     def _limits(self, config: GenerationConfig, prompt: int) -> Limits:
         limits = self.limits
-        if limits.max_new_tokens is None and config.max_length is not None:
-            limits = replace(limits, max_new_tokens=max(config.max_length - prompt, 1))
+        if limits.max_thread_tokens is None and config.max_length is not None:
+            limits = replace(limits, max_thread_tokens=max(config.max_length - prompt, 1))
         if limits.max_seconds is None and config.max_time is not None:
             limits = replace(limits, max_seconds=config.max_time)
         return limits

@@ -167,7 +167,7 @@ class Engine:
             if isinstance(command, Thread):
                 command.task = task
                 if command.goal == "write" and command.left == 0:
-                    self._end(command, Ended("limit", note=command.limit_note))
+                    self._end(command, command.at_limit())
                 elif command.goal == "write" and not command.queue and command.logits is None:
                     self._end(command, Ended("limit", note=command.exhausted))
                 else:
@@ -366,7 +366,7 @@ class Engine:
             elif thread.texts and (text := thread.match(token)):
                 self._end(thread, Ended("stop", text, token))
             elif thread.left == 0:
-                self._end(thread, Ended("limit", token=token, note=thread.limit_note))
+                self._end(thread, thread.at_limit(token))
             if run.left <= 0:
                 over.add(run)
         return over

@@ -107,6 +107,8 @@ class Job:
         self.bias = self._bias()
         self.cache = _cache_of(model, cache)
         self._check_room()
+        if self.protocol.needs_ropes:
+            self.cache._require_ropes(f"protocol {self.protocol.name!r}")
 
     def _bias(self) -> KVBias | None:
         vectors = getattr(self.protocol, "vectors", None)
@@ -245,12 +247,12 @@ def _config(sampling: GenerationConfig | None, model: PreTrainedModel) -> Genera
 
 
 def _limits(limits: Limits | None, config: GenerationConfig) -> Limits:
-    """The limits, with the sampling config's `max_new_tokens` where they name none."""
+    """The limits, with the sampling config's `max_new_tokens` for threads where they name none."""
     limits = Limits() if limits is None else limits
     if not isinstance(limits, Limits):
         raise TypeError(f"limits: expected Limits, got {type(limits).__name__}")
-    if limits.max_new_tokens is None and config.max_new_tokens is not None:
-        return replace(limits, max_new_tokens=config.max_new_tokens)
+    if limits.max_thread_tokens is None and config.max_new_tokens is not None:
+        return replace(limits, max_thread_tokens=config.max_new_tokens)
     return limits
 
 

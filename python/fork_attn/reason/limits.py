@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-DEFAULT_NEW_TOKENS = 4096
-
-
 @dataclass(frozen=True)
 class Limits:
     """How far a prompt may go. At every limit the trace says so, and all pages come back.
 
     Attributes:
         max_new_tokens: sampled tokens of one prompt, all threads together; then it finishes with
-            what there is. None takes the sampling config's `max_new_tokens`, else 4096.
+            what there is.
         max_thread_tokens: sampled tokens of one thread between a fork, join or rollback and the
-            next; then the thread ends, and its protocol goes on as if it had ended by itself.
+            next; then the thread ends, and its protocol goes on as if it had ended by itself. None
+            takes the sampling config's `max_new_tokens`, if it has one.
         max_fanout: children of one fork; a larger fork is refused, and the thread goes on alone.
         max_depth: forks inside forks; a deeper fork is refused.
         max_width: threads that write at once; a fork that would pass it is refused.
@@ -27,7 +25,7 @@ class Limits:
         TypeError, ValueError: not a number, or not above zero.
     """
 
-    max_new_tokens: int | None = None
+    max_new_tokens: int = 4096
     max_thread_tokens: int | None = None
     max_fanout: int = 16
     max_depth: int = 8

@@ -22,10 +22,12 @@ class Protocol:
     Attributes:
         name: by which `generate` knows it.
         needs_chat: the prompt is a question that goes through the tokenizer's chat template.
+        needs_ropes: its threads see tokens at other positions than those they were written at.
     """
 
     name: str
     needs_chat: ClassVar[bool] = False
+    needs_ropes: ClassVar[bool] = False
 
     def tags(self) -> tuple[str, ...]:
         """Texts that must be one token each."""
@@ -34,14 +36,16 @@ class Protocol:
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         """The prompt's tokens: as it stands, or as a question in the model's chat format."""
         if self.needs_chat:
-            message = [{"role": "user", "content": self.question(prompt)}]
-            prompt = str(
-                tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            )
-        # A chat template writes the beginning-of-text token itself.
+            return self.chat_ids(tokenizer, self.question(prompt))
+        # A text out of a chat template begins with that token already.
         begins = tokenizer.bos_token is not None and prompt.startswith(str(tokenizer.bos_token))
-        plain = self.needs_chat or begins
-        return list(tokenizer(prompt, add_special_tokens=not plain)["input_ids"])
+        return list(tokenizer(prompt, add_special_tokens=not begins)["input_ids"])
+
+    def chat_ids(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+        """The tokens of a question in the model's chat format, up to where the answer begins."""
+        message = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
     def question(self, prompt: str) -> str:
         """What a chat model is asked."""

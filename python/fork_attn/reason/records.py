@@ -77,6 +77,22 @@ class Log:
         self.sampled_steps += [None] * n
         self.injections.append(Injection(start, start + n, kind, source))
 
+    def take_queue(self, old: Log, count: int) -> None:
+        """Moves the last `count` tokens of another log here: they are fed under this one."""
+        cut, start = len(old.token_ids) - count, len(self.token_ids)
+        for mine, theirs in (
+            (self.token_ids, old.token_ids),
+            (self.logprobs, old.logprobs),
+            (self.sampled_steps, old.sampled_steps),
+        ):
+            mine += theirs[cut:]  # type: ignore[operator, arg-type]
+            del theirs[cut:]
+        moved = [i for i in old.injections if i.start >= cut]
+        old.injections = [i for i in old.injections if i.start < cut]
+        self.injections += [
+            Injection(i.start - cut + start, i.end - cut + start, i.kind, i.source) for i in moved
+        ]
+
     def drop(self, count: int) -> None:
         """The next `count` tokens of the queue are never fed."""
         self.dropped += range(len(self.positions), len(self.positions) + count)

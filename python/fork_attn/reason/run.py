@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fork_attn.reason import records
-from fork_attn.reason.limits import DEFAULT_NEW_TOKENS, Limits
+from fork_attn.reason.limits import Limits
 from fork_attn.reason.sampling import Sampler, thread_seed
 from fork_attn.reason.thread import Thread
 from fork_attn.reason.trace import Event, JoinKind, Span, Status, StepRecord, Trace
@@ -57,7 +57,7 @@ class Run:
         self.threads: dict[Thread, None] = {}
         self.logs: list[records.Log] = []
         self.events: list[Event] = []
-        self.left = self.limits.max_new_tokens or DEFAULT_NEW_TOKENS
+        self.left = self.limits.max_new_tokens
         self.finish: Literal["done", "limit", "cancelled"] | None = None
         self.answer: tuple[Span, ...] = ()
         self.final = 0
@@ -106,15 +106,24 @@ class Run:
 
     # Verbs of threads
 
-    def fork(self, thread: Thread, n: int, labels: Sequence[str], *, detach: bool) -> list[Thread]:
+    def fork(
+        self,
+        thread: Thread,
+        n: int,
+        labels: Sequence[str],
+        *,
+        detach: bool = False,
+        fresh: bool = False,
+    ) -> list[Thread]:
         if n < 1:
             raise ValueError(f"n: expected at least 1, got {n}")
         refusal = self._refusal(thread, n)
         if refusal:
             self.event(Event(self.step, "refuse", thread.log.id, note=refusal))
             return []
-        seen, length = thread.visible(), thread.length
-        branches = thread.branch.fork(n)
+        seen, length = ((), 0) if fresh else (thread.visible(), thread.length)
+        new = self.cache.new_branch
+        branches = [new() for _ in range(n)] if fresh else thread.branch.fork(n)
         thread.forks += 1
         thread.waiting = not detach
         parent = thread.log.id
@@ -126,13 +135,16 @@ class Run:
             log = self._log("thread", label, (parent,), seen, len(path), seed)
             child = Thread(self, branch, log, thread, path)
             child.base, child.segment, child.sampler = length, thread.segment, thread.sampler
-            child.logits, child.logits_step = thread.logits, thread.logits_step
+            if not fresh:
+                child.logits, child.logits_step = thread.logits, thread.logits_step
             self.threads[child] = None
             children.append(child)
         ids = tuple(child.log.id for child in children)
         self.event(Event(self.step, "fork", parent, ids, tokens_reused=n * length))
         if detach:
+            logits = thread.logits
             self._go_on(thread, thread.label, (parent,), seen)
+            thread.logits = logits
         self._count_shared()
         return children
 
@@ -162,6 +174,7 @@ class Run:
         position: Literal["max", "sum"] | int,
         how: JoinKind,
         label: str,
+        keep: int | None,
     ) -> None:
         taken = children if how in ("union", "rebase") else children[:1] if how == "text" else []
         before = parent.visible()
@@ -169,9 +182,14 @@ class Run:
         for child in taken:
             seen = records.union(seen, child.visible())
         if taken:
-            parent.branch.join([child.branch for child in taken], position=position)
+            branches = [child.branch for child in taken]
+            parent.branch.join(branches, position=position, rebase=how == "rebase")
         self._end(taken, "joined")
         self.free([child for child in children if child not in taken], "joined")
+        if keep is not None:
+            parent.branch.crop(keep)
+            before = seen = records.prefix(seen, keep)
+            parent.base = min(parent.base, keep)
         old = parent.log.id
         parents = (old, *(child.log.id for child in children))
         self._go_on(parent, label or parent.label, parents, seen)
@@ -233,6 +251,7 @@ class Run:
         old = thread.log
         thread.log = self._log("continuation", label, parents, seen, old.depth, old.seed)
         thread.log.watches = list(old.watches)
+        thread.log.take_queue(old, len(thread.queue))
         thread.position = thread.branch.position
         thread.logits = None
         thread.exhausted = ""
@@ -273,8 +292,10 @@ class Run:
             self.event(Event(self.step, kind, next(iter(self.threads)).log.id, note=note))
         if answer is None:
             answer = self.protocol.cut_off(list(self.threads)) if self.threads else ()
-        self.answer, self.finish = answer, finish
+        self.answer = answer
         self.final = answer[-1].thread if answer else 0
+        cut = finish == "done" and self.logs[self.final].status == "limit"
+        self.finish = "limit" if cut else finish
         chosen = {span.thread for span in answer}
         for thread in list(self.threads):
             if finish != "done":

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fork_attn.reason import records
-from fork_attn.reason.detokenize import Detokenizer
+from fork_attn.reason.detokenize import Detokenizer, text_of
 from fork_attn.reason.sampling import Sampler
-from fork_attn.reason.trace import Event, InjectionKind, Span, Status, Watching
+from fork_attn.reason.trace import Event, InjectionKind, JoinKind, Span, Status, Watching
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +145,37 @@ class Thread:
             spans = records.union(spans, [Span(self.log.id, end - tail, end)])
         return self.run.without_prompt(spans)
 
+    def said(self) -> tuple[str, list[float]]:
+        """What was sampled in `answer`, without end tokens: its text, and log-probabilities."""
+        ids, logprobs = [], []
+        for span in self.answer():
+            log = self.run.logs[span.thread]
+            for i in range(span.start, span.end):
+                if (logprob := log.logprobs[i]) is not None:
+                    logprobs.append(logprob)
+                    ids.append(log.token_ids[i])
+        while ids and ids[-1] in self.run.end_tokens:
+            ids.pop()
+        return self.run.vocabulary.decode(ids), logprobs
+
+    def before(self, text: str, *, last: bool = False) -> tuple[int, str] | None:
+        """Where a text begins in what it has written since its last record began.
+
+        Returns:
+            How many tokens it saw before that, for `rollback`, and what the token in which the text
+            begins says before it; None where the text does not occur.
+        """
+        own, ends = text_of(self.run.vocabulary.pieces, self.log.token_ids)
+        at = own.rfind(text) if last else own.find(text)
+        if at < 0:
+            return None
+        token = next(i for i, end in enumerate(ends) if end > at)
+        start = ends[token - 1] if token else 0
+        fed = [span for span in self.log.own() if span.start < token]
+        length = records.num_tokens(self.log.context)
+        length += sum(min(span.end, token) - span.start for span in fed)
+        return length, own[start:at]
+
     def text(self, start: int = 0, end: int | None = None) -> str:
         """The text of its own tokens [start, end)."""
         return self.run.vocabulary.decode(self.log.token_ids[start:end])
@@ -202,6 +233,13 @@ class Thread:
         self.goal = "write"
         return (yield self)
 
+    def at_limit(self, token: int | None = None) -> Ended:
+        """Its budget is spent."""
+        if self.limit_note == "max_thread_tokens":
+            self.log.status = self.log.status or "limit"
+            self.log.note = self.log.note or self.limit_note
+        return Ended("limit", token=token, note=self.limit_note)
+
     def match(self, token: int) -> str:
         """The stop text that the last token completed, or nothing."""
         assert self.detokenizer is not None
@@ -245,29 +283,43 @@ class Thread:
         yield from self.flush()
         return self.run.fork(self, n, labels, detach=detach)
 
+    def spawn(self, n: int, *, labels: Sequence[str] = ()) -> Script:
+        """`n` children that see nothing until they are given something; the thread waits.
+
+        Returns:
+            The children, or an empty list where a limit refuses them.
+        """
+        yield from self.flush()
+        return self.run.fork(self, n, labels, fresh=True)
+
     def join(
         self,
         children: Sequence[Thread],
         *,
         position: Literal["max", "sum"] | int = "max",
-        how: Literal["union", "text", "message"] = "union",
+        how: JoinKind = "union",
         label: str = "",
+        keep: int | None = None,
+        hold: bool = False,
     ) -> Script:
         """Goes on over its own context and the children's; feeds all queues first.
 
         Args:
             children: live threads of this run.
             position: where it goes on, see `Branch.join`.
-            how: what the trace calls it: "union", "text" where only the first child's KV is taken
-                and copies of the others' tokens follow, "message" where the children are dropped
-                and only a message of theirs follows.
+            how: "union" takes the children's KV at the positions at which it was written;
+                "rebase" lays it end to end; "text" takes the first child's alone, and copies of the
+                others' tokens should follow; "message" takes none.
             label: of the record that goes on.
+            hold: its own queue is fed after the join, so that what is in it sees the children.
+            keep: with "message", how many of the first tokens that it sees it keeps.
         """
         taken = {"text": children[:1], "message": ()}.get(how, children)
-        busy = [thread.flush() for thread in (self, *taken) if thread.queue]
+        first = taken if hold else (self, *taken)
+        busy = [thread.flush() for thread in first if thread.queue]
         if busy:
             yield Together(tuple(busy))
-        self.run.join(self, list(children), position, how, label)
+        self.run.join(self, list(children), position, how, label, keep)
 
     def select(self, child: Thread, label: str = "") -> Script:
         """Goes on as `child`, a descendant, whose queue is fed first; its other descendants are
@@ -279,10 +331,14 @@ class Thread:
         """Forgets all but the first `length` tokens that it sees; its queue too."""
         self.run.rollback(self, length, label)
 
-    def watch(self, other: Thread, lag: int = 0) -> None:
-        """From now on sees what another thread writes (Hogwild!, GroupThink)."""
-        self.branch.watch(other.branch, lag=lag)
-        self.log.watches.append(Watching(other.log.id, lag))
+    def move(self, position: int) -> None:
+        """Its next token stands at `position`."""
+        self.branch.position = self.position = position
+
+    def watch(self, other: Thread, *, lag: int = 0, rebase: bool = True) -> None:
+        """From now on sees what another thread writes, see `Branch.watch`."""
+        self.branch.watch(other.branch, lag=lag, rebase=rebase)
+        self.log.watches.append(Watching(other.log.id, lag, rebase, self.length))
 
     def prune(self, note: str = "", status: Status = "pruned") -> None:
         """Ends the thread and frees what only it sees."""

@@ -61,10 +61,19 @@ class Watching:
 
     Token i that a step feeds to the watcher sees all that the other was fed in earlier steps, and
     of the same step its tokens j <= i - lag.
+
+    Attributes:
+        thread: the record that is watched.
+        lag: see above.
+        rebase: True where the watched tokens stand end to end with what is before them; False where
+            they stand at their own positions.
+        after: tokens that the watcher saw when it began: the watched ones stand behind them.
     """
 
     thread: int
     lag: int = 0
+    rebase: bool = False
+    after: int = 0
 
 
 @dataclass(frozen=True)

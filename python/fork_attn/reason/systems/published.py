@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fork_attn.reason.protocol import register
 from fork_attn.reason.systems.tags import TagProtocol
 
@@ -55,6 +57,10 @@ threadweaver = TagProtocol(
     other_tags=("<Parallel>", "</Parallel>", "<Thread>"),
 )
 
+# The same without computing anything again: the threads' KV is laid end to end by turning queries.
+# Not exact: later threads were written without sight of earlier ones.
+threadweaver_rebase = replace(threadweaver, name="threadweaver_rebase", join="rebase")
+
 # arXiv 2509.07980 as released: always two paths, sampled at temperature 1, joined as text.
 parallel_r1 = TagProtocol(
     name="parallel_r1",
@@ -82,5 +88,28 @@ parallel_r1_unseen = TagProtocol(
     other_tags=("<Path>", "</Parallel>", "<Summary>", "</Summary>"),
 )
 
-for _protocol in (multiverse, npr, threadweaver, parallel_r1, parallel_r1_unseen):
+# arXiv 2508.08895. Siblings hidden; time goes on by all tokens that were decoded.
+aspd = TagProtocol(
+    name="aspd",
+    opens="<parallel>",
+    item="<title>",
+    item_ends="</title>",
+    fork_at="</parallel>",
+    child_ends="</branch>",
+    header="<branch>T_{n}:",
+    closing="</branch>",
+    after="\n",
+    position="sum",
+    other_tags=("<branch>",),
+)
+
+for _protocol in (
+    multiverse,
+    npr,
+    threadweaver,
+    threadweaver_rebase,
+    parallel_r1,
+    parallel_r1_unseen,
+    aspd,
+):
     register(_protocol)

@@ -14,9 +14,9 @@ Scorer = Callable[[str], float]
 
 
 def mean_logprob(thread: Thread) -> float:
-    """The mean log-probability of what a thread sampled."""
-    known = [x for x in thread.log.logprobs if x is not None]
-    return sum(known) / len(known) if known else float("-inf")
+    """The mean log-probability of what a thread and those that it comes from sampled."""
+    _, logprobs = thread.said()
+    return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class BestOfN(_Samples):
         scorer = self.scorer
         if scorer is None:
             return max(samples, key=mean_logprob)
-        return max(samples, key=lambda sample: scorer(sample.text()))
+        return max(samples, key=lambda sample: scorer(sample.said()[0]))
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class SelfConsistency(_Samples):
 
     def _choose(self, samples: list[Thread]) -> Script:
         yield from together([sample.write() for sample in samples])
-        find = self.answer or _last_line
-        votes = [find(sample.text()) for sample in samples]
+        find = self.answer or last_line
+        votes = [find(sample.said()[0]) for sample in samples]
         winner, _ = Counter(votes).most_common(1)[0]
         return samples[votes.index(winner)]
 
@@ -98,7 +98,7 @@ class FirstFinish(_Samples):
         return samples[index]
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
 

@@ -28,8 +28,8 @@ class TagProtocol(Protocol):
         after: text given to the parent after the join.
         last_words: where the whole ends if one thread does not end by `child_ends`, the text given
             to the parent then; None where the parent goes on.
-        join: "union" takes the children's KV; "text" keeps the first child's and computes the
-            others' text again behind it, as if one thread had written all.
+        join: "union" takes the children's KV; "rebase" lays it end to end; "text" keeps the first
+            child's and computes the others' text again behind it, as if one had written all.
         position: of a union, see `Branch.join`.
         path_sampling: sampling options of threads, such as {"repetition_penalty": 1.02}.
         other_tags: further tags of the model's training, which must be one token each.
@@ -48,10 +48,14 @@ class TagProtocol(Protocol):
     closing: str = ""
     after: str = ""
     last_words: str | None = None
-    join: Literal["union", "text"] = "union"
+    join: Literal["union", "rebase", "text"] = "union"
     position: Literal["max", "sum"] = "max"
     path_sampling: tuple[tuple[str, Any], ...] = ()
     other_tags: tuple[str, ...] = ()
+
+    @property
+    def needs_ropes(self) -> bool:  # type: ignore[override]
+        return self.join == "rebase"
 
     def tags(self) -> tuple[str, ...]:
         return (*self._stops(), *self.other_tags)
@@ -134,8 +138,10 @@ class TagProtocol(Protocol):
         for child, number in zip(children, numbers, strict=True):
             child.inject(self.header.format(n=number))
         ends = yield from together([self._path(child) for child in children])
-        if self.join == "union":
-            yield from thread.join(children, position=self.position, label="conclusion")
+        if self.join != "text":
+            yield from thread.join(
+                children, position=self.position, how=self.join, label="conclusion"
+            )
         else:
             copies = [child.context_ids()[thread.length :] for child in children]
             yield from thread.join(children, how="text", label="conclusion")
