@@ -9,12 +9,12 @@ import torch
 
 from fork_attn import _C
 from fork_attn.plan_format import DIAGONAL, PER_SLOT, WINDOW, expand_plan, header
-from fork_attn.reference import attention
+from fork_attn.reference import attention, dequantised
 from fork_attn.testing.planbuf import ALL_TOKENS, BlockSpec, RunSpec, build_plan
 from fork_attn.testing.tolerance import assert_close_to_oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+DTYPE_CODES = {dtype: code for code, dtype in enumerate([*DTYPES, torch.float8_e4m3fn])}
 NAN = float("nan")
 
 
@@ -38,6 +38,8 @@ class Case:
     scale: float = 0.125
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         s = self.shape
@@ -50,8 +52,9 @@ class Case:
             paged_arg(self.v),
             rows_arg(out),
             lse.data_ptr(),
-            0 if self.sinks is None else self.sinks.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in (self.sinks, self.k_scale, self.v_scale)),
             DTYPE_CODES[s.dtype],
+            DTYPE_CODES[self.k.dtype],
             self.q.shape[1],
             s.num_kv_heads,
             s.head_dim,
@@ -63,7 +66,10 @@ class Case:
 
     def dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         mask = expand_plan(self.plan)
-        k, v = (cache.flatten(0, 1)[: mask.shape[1]] for cache in (self.k, self.v))
+        k, v = (
+            dequantised(cache.flatten(0, 1)[: mask.shape[1]], scale)
+            for cache, scale in ((self.k, self.k_scale), (self.v, self.v_scale))
+        )
         options = {"softmax_scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
         return attention(self.q, k, v, mask, dtype=dtype, **options)
 

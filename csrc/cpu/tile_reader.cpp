@@ -5,7 +5,9 @@
 
 namespace fork_attn::cpu {
 
-int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+int element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8E4M3 ? 1 : 2;
+}
 
 int64_t num_slots(const PlanView& plan, const PlanItem& item) {
   int64_t slots = 0;
@@ -17,7 +19,7 @@ TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, 
     : plan_(params.plan),
       k_(params.k_cache),
       v_(params.v_cache),
-      element_size_(element_size(params.dtype)),
+      element_size_(element_size(params.kv_dtype)),
       head_k_(kv_head * params.k_cache.head_stride),
       head_v_(kv_head * params.v_cache.head_stride),
       run_(item.run_begin),

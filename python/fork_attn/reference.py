@@ -128,6 +128,11 @@ def step_mask(
     return mask
 
 
+def dequantised(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What (N, num_kv_heads, dim) of a cache stands for, in float64."""
+    return x.double() if scale is None else x.double() * scale.double()[:, None]
+
+
 def tree_attention_reference(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -137,6 +142,8 @@ def tree_attention_reference(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The "reference" backend: the plan expanded to a dense mask, then float64 attention.
 
@@ -146,6 +153,7 @@ def tree_attention_reference(
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v).
         plan: (words,) int64, a plan's buffer.
         softmax_scale, softcap, sinks: see `attention`.
+        k_scale, v_scale: (num_kv_heads,), what K and V are multiplied with; None means 1.
 
     Returns:
         (out, lse): (T, num_q_heads, head_dim_v) in the dtype of `q`, (T, num_q_heads) fp32.
@@ -156,8 +164,8 @@ def tree_attention_reference(
     mask = expand_queries(plan)
     out, lse = attention(
         q,
-        k_cache.flatten(0, 1)[: mask.shape[1]],
-        v_cache.flatten(0, 1)[: mask.shape[1]],
+        dequantised(k_cache.flatten(0, 1)[: mask.shape[1]], k_scale),
+        dequantised(v_cache.flatten(0, 1)[: mask.shape[1]], v_scale),
         mask,
         softmax_scale=softmax_scale,
         softcap=softcap,

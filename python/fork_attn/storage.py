@@ -8,8 +8,9 @@ from typing import Any, TypeVar, Union
 
 import torch
 
-from fork_attn import _C, checks
+from fork_attn import checks, kv_library  # noqa: F401 - defines the ops
 from fork_attn.plan import PlanShape
+from fork_attn.quantise import E4M3, calibrate
 from fork_attn.rope import Rope, copy_shifted
 
 T = TypeVar("T")
@@ -31,6 +32,10 @@ class Layer:
     # (num_pages, page_size, num_kv_heads, dim) views; in memory one head's page is contiguous.
     k_cache: torch.Tensor | None = None
     v_cache: torch.Tensor | None = None
+    # (num_kv_heads,) fp32 of an e4m3 layer; None until set or calibrated.
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    written: bool = False
 
     @property
     def group(self) -> int:
@@ -83,6 +88,19 @@ class KVStorage:
         widths = (x.num_kv_heads * (x.head_dim + x.head_dim_v) for x in self.layers)
         return self.page_size * self.dtype.itemsize * sum(widths)
 
+    def row_dtype(self, q: torch.Tensor) -> torch.dtype:
+        """What q, k and v have to be: the cache's dtype, or with an e4m3 cache that of q.
+
+        Raises:
+            TypeError: e4m3, and q is none of fp32, bf16 and fp16.
+        """
+        if self.dtype != E4M3:
+            return self.dtype
+        dtype = getattr(q, "dtype", None)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"q: expected dtype float32, bfloat16 or float16, got {dtype}")
+        return dtype
+
     def fit(self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Gives a layer its memory, in the shapes of its first q, k and v (T, heads, dim).
 
@@ -93,7 +111,7 @@ class KVStorage:
             return
         for name, value in (("q", q), ("k", k), ("v", v)):
             shape = ("T", "num_heads", "head_dim")
-            checks.tensor(name, value, shape=shape, dtype=self.dtype, device=self.device)
+            checks.tensor(name, value, shape=shape, dtype=self.row_dtype(q), device=self.device)
         group, rest = divmod(q.shape[1], k.shape[1])
         if rest or group != layer.group:
             raise ValueError(
@@ -104,21 +122,31 @@ class KVStorage:
         layer.head_dim, layer.head_dim_v = k.shape[2], v.shape[2]
         self._allocate(layer)
 
+    def store(
+        self, layer: Layer, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Writes rows of K and V, checked, to their slots; the first write of an e4m3 layer whose
+        scales are not set sets them.
+
+        Raises:
+            ValueError: there are no scales yet, and k or v is not finite.
+        """
+        if self.dtype == E4M3 and layer.k_scale is None:
+            layer.k_scale, layer.v_scale = calibrate("k", k), calibrate("v", v)
+        layer.written = True
+        torch.ops.fork_attn.store_kv(
+            *(k, v, layer.k_cache, layer.v_cache, slot_mapping, layer.k_scale, layer.v_scale)
+        )
+
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole pages (from, to) in every layer (copy-on-write)."""
-        src, dst = torch.tensor(copies, dtype=torch.int32).t().contiguous()
-        for cache in self._caches():
-            _C.copy_pages_cpu(
-                paged_argument(cache), src.data_ptr(), dst.data_ptr(), len(src), *_page_shape(cache)
-            )
+        pages = torch.tensor(copies, dtype=torch.int32).t().contiguous().to(self.device)
+        torch.ops.fork_attn.copy_pages(self._caches(), *pages)
 
     def move_slots(self, moves: Sequence[tuple[int, int]]) -> None:
         """Moves slots (from, to) in every layer; all are read before any is written."""
-        src, dst = torch.tensor(moves, dtype=torch.int64).t().contiguous()
-        for cache in self._caches():
-            _C.move_slots_cpu(
-                paged_argument(cache), src.data_ptr(), dst.data_ptr(), len(src), *_page_shape(cache)
-            )
+        slots = torch.tensor(moves, dtype=torch.int64).t().contiguous().to(self.device)
+        torch.ops.fork_attn.move_slots(self._caches(), *slots)
 
     def copy_shifted(self, slots: Sequence[tuple[int, int, int]]) -> None:
         """Copies slots (from, to, positions to move on) in every layer, keys turned."""
@@ -142,16 +170,6 @@ class KVStorage:
         if self.device.type == "meta":
             return []
         return [cache for layer in self.layers for cache in layer.caches()]
-
-
-def paged_argument(cache: torch.Tensor) -> tuple[int, int, int, int]:
-    """A paged tensor as the kernels take it: pointer, and strides of page, slot and head."""
-    page, slot, head, _ = cache.stride()
-    return (cache.data_ptr(), page, slot, head)
-
-
-def _page_shape(cache: torch.Tensor) -> tuple[int, int, int, int]:
-    return (cache.shape[1], cache.shape[2], cache.shape[3], cache.element_size())
 
 
 def make_layers(
