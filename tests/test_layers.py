@@ -41,7 +41,7 @@ ORACLES = ("reference", "reference_cache")
 # Third parties that only these may import.
 RESTRICTED = {
     "triton": ("kernels",),
-    "transformers": ("hf", "reason", "demo"),
+    "transformers": ("hf", "reason", "demo", "reason_command"),
     "rich": ("reason", "demo", "plan_command", "reason_command"),
     "matplotlib": ("demo", "reason"),
 }

@@ -8,6 +8,8 @@ from evaluation import Outcome, percentile, summary, within
 
 from fork_attn.reason.scene import Group, Line, Mark, Scene, Text
 
+TITLE = "Countdown: share of problems solved within a budget"
+BUDGETS = (40, 60, 80, 100, 120, 160, 200, 240)
 PANELS = (
     ("critical_path_tokens", "tokens one after another", 1.0),
     ("seconds", "milliseconds, one problem at a time", 1e3),
@@ -17,7 +19,7 @@ COLOURS = {"parallel": "thread", "serial": "limit"}
 WIDTH, HEIGHT, MARGIN, GAP = 1200.0, 380.0, 56.0, 64.0
 
 
-def draw(found: dict[str, list[Outcome]], title: str) -> Scene:
+def draw(found: dict[str, list[Outcome]], title: str = TITLE) -> Scene:
     """One panel for each kind of budget: the share of problems solved within it."""
     scene = Scene(WIDTH, HEIGHT, title)
     marks: list[Mark] = [Text(MARGIN, 34, title, "title", bold=True)]
@@ -66,7 +68,7 @@ def _ticks(most: float) -> list[float]:
     return [step * i for i in range(int(most / step) + 1)]
 
 
-def table(found: dict[str, list[Outcome]], budgets: Sequence[int]) -> str:
+def table(found: dict[str, list[Outcome]], budgets: Sequence[int] = BUDGETS) -> str:
     """Markdown: a row for each model, then accuracies within budgets."""
     rows = [
         "| | solved | tokens in all | one after another | 95th percentile | ms | 95th | forks |",

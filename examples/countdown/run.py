@@ -38,7 +38,6 @@ BUDGETS = {
     "cuda": Budget(steps=8000, tokens_per_step=16384, learning_rate=1e-3),
     "quick": Budget(steps=20, tokens_per_step=1024),
 }
-TABLE_BUDGETS = (40, 60, 80, 100, 120, 160, 200, 240)
 
 
 def main() -> None:
@@ -64,7 +63,7 @@ def main() -> None:
     _, trace = evaluation.solve(models["parallel"], tokenizer, problems[0])
     trace.save(args.out / "trace.json")
     (args.out / "trace.svg").write_text(trace_picture.draw(trace).svg(), encoding="utf-8")
-    print(picture.table(found, TABLE_BUDGETS))
+    print(picture.table(found))
     console.print(f"Written to {args.out}", markup=False, highlight=False)
 
 
@@ -158,12 +157,23 @@ def write(
         "summary": {name: evaluation.summary(outcomes) for name, outcomes in found.items()},
         "outcomes": evaluation.as_json(found),
     }
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    table = picture.table(found, TABLE_BUDGETS)
+    (args.out / "results.json").write_text(_one_line_each(results), encoding="utf-8")
+    table = picture.table(found)
     text = f"`{command.strip()}` on {machine(args)}.\n\n{table}"
     (args.out / "results.md").write_text(text, encoding="utf-8")
-    scene = picture.draw(found, "Countdown: share of problems solved within a budget")
+    scene = picture.draw(found)
     (args.out / "results.svg").write_text(scene.svg(), encoding="utf-8")
+
+
+def _one_line_each(results: dict[str, Any]) -> str:
+    """JSON with a line for each problem's outcome."""
+    outcomes = results.pop("outcomes")
+    text = json.dumps(results, indent=1).removesuffix("\n}")
+    tables = [
+        f'  "{name}": [\n   ' + ",\n   ".join(map(json.dumps, rows)) + "\n  ]"
+        for name, rows in outcomes.items()
+    ]
+    return text + ',\n "outcomes": {\n' + ",\n".join(tables) + "\n }\n}\n"
 
 
 def machine(args: argparse.Namespace) -> str:

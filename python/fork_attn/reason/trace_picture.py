@@ -78,15 +78,18 @@ class _Picture:
         trace = self.trace
         threads = sum(thread.kind == "thread" for thread in trace.threads)
         title = f"{trace.protocol}: {threads} threads" if threads else f"{trace.protocol}: no fork"
-        numbers = (
+        numbers = [
             f"{trace.total_tokens} tokens sampled, {trace.critical_path_tokens} of them one after "
-            f"another: {trace.parallel_degree:.2f} at a time · {trace.seconds:.2f} s · "
-            f"{trace.prefill_avoided} tokens not computed again · {trace.model}"
-        )
+            f"another: {trace.parallel_degree:.2f} at a time",
+            f"{trace.prefill_avoided} tokens not computed again",
+            trace.model,
+        ]
+        if trace.seconds:
+            numbers.insert(1, f"{trace.seconds:.2f} s")
         return Group(
             [
                 Text(MARGIN, 42, title, "title", bold=True),
-                Text(MARGIN, 66, numbers, "faint", "faint"),
+                Text(MARGIN, 66, " · ".join(numbers), "faint", "faint"),
             ]
         )
 

@@ -49,7 +49,7 @@ def summary(trace: Trace) -> str:
         f"another: {trace.parallel_degree:.2f} at a time. "
         f"{trace.prefill_avoided} tokens of KV read on instead of computed again."
     ]
-    if trace.steps:
+    if trace.seconds:
         lines.append(
             f"{len(trace.steps)} steps in {trace.seconds:.2f} s, {trace.coordination_share:.1%} of "
             f"it outside model and sampling; at most {trace.pages_shared} pages shared."
