@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,7 +163,8 @@ def test_sampling_has_the_distribution_of_transformers(options: dict[str, Any]) 
     model = make_model(make_tokenizer())
     processors = model._get_logits_processor(
         config,
-        0,
+        len(context),
+        torch.tensor([context]),
         device="cpu",
         model_kwargs={},
         logits_processor=transformers.LogitsProcessorList(),
@@ -298,6 +303,27 @@ def test_an_error_inside_the_model_frees_everything(error: type[BaseException]) 
     assert_free(cache)
     handle.remove()
     generate(model, tokenizer, PROMPT, protocol="best_of_n", sampling=SAMPLED)
+
+
+def test_interrupts_free_everything() -> None:
+    """Ctrl-C, at whatever moment it comes."""
+    model, tokenizer, cache = attached()
+    rng = random.Random(0)
+    caught = 0
+    for _ in range(12):
+        timer = threading.Timer(rng.uniform(0.0, 0.2), os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        try:
+            for _ in range(100):
+                generate(model, tokenizer, [PROMPT] * 2, protocol="best_of_n", sampling=SAMPLED)
+                if not timer.is_alive():
+                    break
+            timer.join()
+            time.sleep(0.01)
+        except KeyboardInterrupt:
+            caught += 1
+        assert_free(cache)
+    assert caught == 12
 
 
 def test_an_error_of_a_scorer_frees_everything() -> None:

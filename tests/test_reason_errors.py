@@ -116,7 +116,7 @@ def test_vectors_must_fit_the_model() -> None:
     tokenizer = make_tokenizer(protocol)
     model = make_model(tokenizer)
     hf.attach(model, num_pages=8)
-    with pytest.raises(ValueError, match="vectors: expected .*32.* for LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"vectors: expected .*32.* for LlamaForCausalLM"):
         call(model, tokenizer, protocol=protocol)
     fused = make_model(tokenizer, "phi3")
     hf.attach(fused, num_pages=8)

@@ -131,6 +131,7 @@ void bind_verbs(py::class_<PyCore>& c) {
       .def("fork_at", verb(&CacheCore::fork_at))
       .def("select", verb(&CacheCore::select))
       .def("crop", verb(&CacheCore::crop))
+      .def("take_back", verb(&CacheCore::take_back))
       .def("excise", verb(&CacheCore::excise))
       .def("set_position", verb(&CacheCore::set_position))
       .def("join",

@@ -213,6 +213,24 @@ void CacheCore::crop(Handle h, int64_t length) {
   b.position = store_.end_position(b.head);
 }
 
+void CacheCore::take_back(Handle h, int64_t length, int64_t position) {
+  const Index i = require(h);
+  require_no_step("take_back");
+  int64_t least = 0;
+  for (Index w = 0; w < store_.watches.size(); ++w) {
+    if (store_.watches.taken(w) && store_.watches[w].other == i)
+      least = std::max(least, store_.watches[w].start);
+  }
+  if (length < least || length > store_.length(branches_[i].head)) {
+    fail(ErrorKind::kValue, "length: expected " + std::to_string(least) + " to " +
+                                std::to_string(store_.length(branches_[i].head)) + ", got " +
+                                std::to_string(length));
+  }
+  store_.reserve(0, 1);
+  set_head(branches_[i], cut(branches_[i].head, length));
+  branches_[i].position = position;
+}
+
 void CacheCore::excise(Handle h, int64_t start, int64_t end, bool rebase) {
   const Index i = require(h);
   require_no_step("excise");

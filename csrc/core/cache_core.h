@@ -136,6 +136,8 @@ class CacheCore {
   std::vector<Handle> select(Handle branch, Handle child);  // what it freed
   void reorder(std::span<const Handle> branches, std::span<const int64_t> indices);
   void crop(Handle branch, int64_t length);
+  // Undoes steps: a crop that watchers of the branch bear, as they began to watch before.
+  void take_back(Handle branch, int64_t length, int64_t position);
   void excise(Handle branch, int64_t start, int64_t end, bool rebase = false);
   void set_position(Handle branch, int64_t position);
   void free(std::span<const Handle> branches);

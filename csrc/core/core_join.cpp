@@ -240,8 +240,8 @@ std::vector<Link> CacheCore::links_unseen(Index head, Index other) const {
 }
 
 void CacheCore::check_join(Handle h, std::span<const Handle> children) const {
-  require_unwatched(require(h), "join");
   require_distinct(children);
+  require_unwatched(require(h), "join");
   if (std::find(children.begin(), children.end(), h) != children.end()) {
     fail(ErrorKind::kValue,
          "children: branch " + std::to_string(serial(h)) + " cannot be joined with itself");

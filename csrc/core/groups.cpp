@@ -311,8 +311,9 @@ void Groups::count_slots() {
     }
     group.pieces_end = piece;
     if (g >= order.size()) continue;
-    if (leaves[g].own) group.own = group.token_end - group.token_begin;
-    for (int32_t f = leaves[g].first_fresh; f >= 0; f = fresh[f].next) group.fresh += fresh[f].count;
+    const Leaf& leaf = leaves[g];
+    if (leaf.own) group.own = group.token_end - group.token_begin;
+    for (int32_t f = leaf.first_fresh; f >= 0; f = fresh[f].next) group.fresh += fresh[f].count;
     group.slots += group.own + group.fresh;
   }
 }

@@ -119,8 +119,9 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
     if (mask == 0) continue;
     for (const Piece& piece : groups_.pieces(group)) emit_piece(piece, mask);
     if (g >= static_cast<int32_t>(groups_.order.size())) continue;
-    emit_fresh(g);
-    if (groups_.leaves[g].own) emit_own(g);
+    const Leaf& leaf = groups_.leaves[g];
+    if (leaf.first_fresh >= 0) emit_fresh(g);
+    if (leaf.own) emit_own(g);
   }
   if (runs_.size() == static_cast<std::size_t>(first_run)) {  // the window passed everything by
     items_.pop_back();
@@ -132,10 +133,11 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
   for (int32_t t = 0; t < block_count_; ++t) {
     const Token& token = block_first_[t];
     const int32_t row = core_->step().rows[token.row].row_begin + token.index;
-    const auto num_tokens = static_cast<int32_t>(core_->step().positions.size());
     tokens_.push_back(row);
-    q_rows_.push_back(token.rotation < 0 ? row : num_tokens + token.rotation);
     positions_.push_back(position(token));
+    if (rotations_.empty()) continue;
+    const auto num_tokens = static_cast<int32_t>(core_->step().positions.size());
+    q_rows_.push_back(token.rotation < 0 ? row : num_tokens + token.rotation);
   }
 }
 

@@ -222,6 +222,10 @@ class Branch:
         """
         self.cache._verb().crop(self._handle, integer("length", length, low=0))
 
+    def _take_back(self, length: int, position: int) -> None:
+        """Undoes steps that made the branch longer, even if another one watches it."""
+        self.cache._verb().take_back(self._handle, length, position)
+
     def excise(self, start: int, end: int, *, rebase: bool = False) -> None:
         """Drops the tokens [start, end) of the context (TIM, arXiv 2507.16784).
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from fork_attn.errors import Unsupported
 from fork_attn.hf import _link, attention
 from fork_attn.hf._hooks import install_hooks
 from fork_attn.hf._model_config import LayerShapes, check_supported, layer_shapes
+from fork_attn.hf._rope import find_ropes
 
 _UNITS = {
     "B": 1,
@@ -94,6 +97,8 @@ def attach(
         backend=backend,
     )
     _use_fork_attention(model)
+    name = type(model).__name__
+    cache._find_ropes = partial(find_ropes, weakref.ref(model), name, shapes.num_layers)
     link = _link.Link(
         cache=cache,
         model_name=type(model).__name__,

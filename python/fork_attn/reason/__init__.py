@@ -12,8 +12,9 @@ from fork_attn.reason.generate import generate, stream
 from fork_attn.reason.job import Finished, StreamEvent, ThreadEvent, TokenEvent
 from fork_attn.reason.limits import Limits
 from fork_attn.reason.protocol import Protocol, get_protocol, protocols, register
+from fork_attn.reason.script import Ended, Script, together
 from fork_attn.reason.tags import add_tags
-from fork_attn.reason.thread import Ended, Script, Thread, together
+from fork_attn.reason.thread import Thread
 from fork_attn.reason.trace import (
     Event,
     Injection,

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from fork_attn import hf
 from fork_attn.errors import ForeignBranch
 from fork_attn.hf import _link
+from fork_attn.reason.build_trace import build_trace
 from fork_attn.reason.detokenize import Detokenizer
 from fork_attn.reason.engine import Engine
 from fork_attn.reason.kv_bias import KVBias
@@ -181,7 +182,7 @@ class Job:
             if run.finish is not None and run.index not in told:
                 told.add(run.index)
                 steps = engine.records(run.first_step)
-                yield Finished(run.index, run.trace(type(self.model).__name__, steps))
+                yield Finished(run.index, build_trace(run, type(self.model).__name__, steps))
 
 
 class _Teller:
@@ -260,10 +261,10 @@ def _end_tokens(
     config: GenerationConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
     """The sampling config's end tokens, else the model's, else the tokenizer's."""
-    own = model.generation_config and model.generation_config.eos_token_id
+    own = getattr(model.generation_config, "eos_token_id", None)
     for found in (config.eos_token_id, own, tokenizer.eos_token_id):
         if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
+            return frozenset(found if isinstance(found, list) else [int(found)])
     return frozenset()
 
 

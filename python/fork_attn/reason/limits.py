@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+
 @dataclass(frozen=True)
 class Limits:
     """How far a prompt may go. At every limit the trace says so, and all pages come back.

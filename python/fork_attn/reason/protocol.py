@@ -11,7 +11,8 @@ from fork_attn.reason.trace import Span
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fork_attn.reason.thread import Script, Thread
+    from fork_attn.reason.script import Script
+    from fork_attn.reason.thread import Thread
 
 _PROTOCOLS: dict[str, Protocol] = {}
 

@@ -85,7 +85,7 @@ class Log:
             (self.logprobs, old.logprobs),
             (self.sampled_steps, old.sampled_steps),
         ):
-            mine += theirs[cut:]  # type: ignore[operator, arg-type]
+            mine += theirs[cut:]
             del theirs[cut:]
         moved = [i for i in old.injections if i.start >= cut]
         old.injections = [i for i in old.injections if i.start < cut]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fork_attn.reason import records
 from fork_attn.reason.limits import Limits
 from fork_attn.reason.sampling import Sampler, thread_seed
 from fork_attn.reason.thread import Thread
-from fork_attn.reason.trace import Event, JoinKind, Span, Status, StepRecord, Trace
+from fork_attn.reason.trace import Event, JoinKind, Span, Status
 from fork_attn.reason.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -72,7 +70,7 @@ class Run:
     @property
     def step(self) -> int:
         """Index of the next step."""
-        return len(self.engine.steps)
+        return self.engine.num_steps
 
     def start(self) -> Thread:
         """The root, with the prompt in its queue."""
@@ -305,64 +303,9 @@ class Run:
             else:
                 self.free([thread], "pruned", "not part of the answer")
 
-    def trace(self, model_name: str, steps: Sequence[StepRecord]) -> Trace:
-        """The trace of a completed run.
-
-        Args:
-            model_name: for people.
-            steps: of the engine, from the run's first on.
-        """
-        fed = [step for log in self.logs for step in log.fed_steps if step is not None]
-        last = max(fed, default=self.first_step - 1) + 1
-        mine = _own_steps(self.logs, steps[: last - self.first_step], self.first_step)
-        shift = self.first_step
-        return Trace(
-            protocol=self.protocol.name,
-            model=model_name,
-            prompt=self.prompt,
-            prompt_ids=tuple(self.prompt_ids),
-            threads=tuple(log.build(self.vocabulary.pieces, shift) for log in self.logs),
-            events=tuple(_shifted(event, shift) for event in self.events),
-            steps=mine,
-            answer=self.answer,
-            final=self.final,
-            finish=self.finish or "cancelled",
-            seed=self.seed,
-            sampling=_plain(self.sampler.config.to_diff_dict()),
-            limits=asdict(self.limits),
-            page_size=self.cache.page_size,
-            pages_shared=self.pages_shared,
-        )
-
 
 def _descends(thread: Thread, ancestor: Thread) -> bool:
     above = thread.parent
     while above is not None and above is not ancestor:
         above = above.parent
     return above is ancestor
-
-
-def _shifted(event: Event, by: int) -> Event:
-    return replace(event, step=max(event.step - by, 0))
-
-
-def _own_steps(
-    logs: Sequence[records.Log], steps: Sequence[StepRecord], first: int
-) -> tuple[StepRecord, ...]:
-    """Steps with width and tokens of these logs alone."""
-    width, tokens = [0] * len(steps), [0] * len(steps)
-    for log in logs:
-        fed = Counter(step - first for step in log.fed_steps if step is not None)
-        for step, count in fed.items():
-            width[step] += 1
-            tokens[step] += count
-    return tuple(
-        replace(step, width=w, tokens=t) for step, w, t in zip(steps, width, tokens, strict=True)
-    )
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold of a config, without versions."""
-    keep = (str, int, float, bool, list, type(None))
-    skip = ("transformers_version", "_from_model_config")
-    return {k: v for k, v in config.items() if k not in skip and isinstance(v, keep)}

@@ -123,7 +123,7 @@ class Sampler:
             )
         if self._warpers:
             no_ids = torch.empty((len(threads), 0), dtype=torch.int64)
-            scores = self._warpers(no_ids, scores)
+            scores = self._warpers(no_ids, scores)  # type: ignore[arg-type]
         if self.greedy:
             ids = scores.argmax(-1, keepdim=True)
         else:

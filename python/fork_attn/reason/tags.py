@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from fork_attn.reason.protocol import Protocol, get_protocol
 from fork_attn.reason.vocabulary import missing_tags
 
@@ -24,6 +26,7 @@ def add_tags(
     missing = missing_tags(tokenizer, get_protocol(protocol).tags())
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        embeddings = torch.as_tensor(model.get_input_embeddings().weight)
+        if len(tokenizer) > embeddings.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
     return missing

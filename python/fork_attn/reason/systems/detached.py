@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fork_attn.reason.protocol import Protocol, register
-from fork_attn.reason.thread import Ended, Script, Thread, together
+from fork_attn.reason.script import Ended, Script, together
+from fork_attn.reason.thread import Thread
 from fork_attn.reason.trace import Span
 
 

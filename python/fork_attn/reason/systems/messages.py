@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fork_attn.reason.protocol import Protocol, register
+from fork_attn.reason.script import Ended, Script, together
 from fork_attn.reason.systems.selection import last_line
-from fork_attn.reason.thread import Ended, Script, Thread, together
+from fork_attn.reason.thread import Thread
 
 
 def lines(text: str) -> list[str]:

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 from fork_attn.reason.protocol import Protocol, register
-from fork_attn.reason.thread import Ended, Script, Thread, together
+from fork_attn.reason.script import Ended, Script, together
+from fork_attn.reason.thread import Thread
 
 _TOKENS = re.compile(r"tokens\s*=\s*\"?(\d+)")
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fork_attn.reason.protocol import Protocol, register
-from fork_attn.reason.thread import Script, Thread, together
+from fork_attn.reason.script import Script, together
+from fork_attn.reason.thread import Thread
 from fork_attn.reason.trace import Span
 
 Scorer = Callable[[str], float]

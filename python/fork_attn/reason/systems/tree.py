@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fork_attn.reason.protocol import Protocol, register
+from fork_attn.reason.script import Ended, Script, together
 from fork_attn.reason.systems.selection import Scorer, mean_logprob
-from fork_attn.reason.thread import Ended, Script, Thread, together
+from fork_attn.reason.thread import Thread
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class TreeOfThoughts(_TreeSearch):
     levels: int = 3
 
     def run(self, root: Thread) -> Script:
-        frontier, done = [root], []
+        frontier, done = [root], list[Thread]()
         for _ in range(self.levels):
             thoughts = yield from self._expand(frontier)
             if not thoughts:
@@ -108,7 +109,8 @@ class BestFirst(_TreeSearch):
     answers: int = 2
 
     def run(self, root: Thread) -> Script:
-        frontier, done, left = [root], [], self.expansions
+        frontier, left = [root], self.expansions
+        done: list[Thread] = []
         while frontier and left > 0 and len(done) < self.answers:
             frontier.sort(key=self.score, reverse=True)
             chosen = frontier[: min(self.at_once, left)]

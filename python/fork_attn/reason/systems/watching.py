@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fork_attn.reason.protocol import Protocol, register
-from fork_attn.reason.thread import Script, Thread, together
+from fork_attn.reason.script import Script, together
+from fork_attn.reason.thread import Thread
 
 
 @dataclass(frozen=True)
