@@ -11,6 +11,7 @@ from hf_models import build, stock_copy
 from reason_pair import EOS, Forced, make_model, make_tokenizer, run_forced
 from trace_walk import Walk, nested
 
+from fork_attn.errors import Unsupported
 from fork_attn.reason.trace import Trace, Watching
 from fork_attn.reason.training import Packer, TrainingExample, from_trace, merge_ranges
 
@@ -100,6 +101,11 @@ SCRIPTS = {
         ("short</Path>", "a much longer one</Path>", "middling</Path>"),
         "so 7.</Parallel>" + EOS,
     ),
+    "multiverse, a path that ends by itself": (
+        "Hm<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>",
+        ("short</Path>", "no tag" + EOS),
+        "so 7.</Parallel>" + EOS,
+    ),
     "threadweaver": (
         "<Parallel><Outlines><Outline>1: a</Outline><Outline>2: b</Outline><Outline>3: c</Outline>"
         "</Outlines>",
@@ -114,6 +120,7 @@ SCRIPTS = {
 def test_traces_of_protocols(name: str) -> None:
     """Union joins, text joins, whose copies have no loss, and samples without a join."""
     head, paths, tail = SCRIPTS[name]
+    name = name.split(",")[0]
     tokenizer = make_tokenizer(name)
     model = make_model(tokenizer)
     ids = tokenizer.encode
@@ -184,8 +191,8 @@ def test_watched_threads_are_seen_as_they_were(lag: int) -> None:
     walk.write(children, 4)
     trace = walk.trace(children[0])
     root_record, a, b = trace.threads
-    a = replace(a, watches=(Watching(2, lag),))
-    b = replace(b, watches=(Watching(1, lag),))
+    a = replace(a, watches=(Watching(2, lag, rebase=False),))
+    b = replace(b, watches=(Watching(1, lag, rebase=False),))
     mask = from_trace(replace(trace, threads=(root_record, a, b))).dense_mask()
     for own, other in ((3, 7), (7, 3)):
         for i in range(3):  # the fourth token is not fed
@@ -217,6 +224,16 @@ def test_packer_refuses(options: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         packer.add(**options)
     assert len(packer.build()) == 2
+
+
+def test_moved_keys_are_refused(walked: tuple[torch.nn.Module, Walk, Trace]) -> None:
+    _, _, trace = walked
+    events = tuple(replace(e, join="rebase") if e.kind == "join" else e for e in trace.events)
+    with pytest.raises(Unsupported, match="'walk' moved keys"):
+        replace(trace, events=events).training_example()
+    threads = (*trace.threads[:-1], replace(trace.threads[-1], watches=(Watching(1, rebase=True),)))
+    with pytest.raises(Unsupported, match="'walk' moved keys"):
+        replace(trace, threads=threads).training_example()
 
 
 def test_merge_ranges() -> None:

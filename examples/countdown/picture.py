@@ -42,7 +42,8 @@ def _panel(
     found: dict[str, list[Outcome]], field: str, label: str, scale: float, left: float, width: float
 ) -> list[Mark]:
     top, bottom = 92.0, HEIGHT - 56
-    values = [getattr(o, field) for outcomes in found.values() for o in outcomes]
+    every = [getattr(o, field) for outcomes in found.values() for o in outcomes]
+    values = [value for value in every if value is not None]
     most = percentile(values, 0.99) * 1.05
     marks: list[Mark] = []
     for tenth in range(0, 11, 2):

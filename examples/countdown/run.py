@@ -54,13 +54,14 @@ def main() -> None:
     if args.only:
         return
     for model in models.values():
-        hf.attach(model, num_pages=256)
+        hf.attach(model, num_pages=2048)
     problems = evaluation.held_out(args.problems, args.seed + 1)
+    timed = min(args.timed, len(problems))
     with progress(console) as bar:
-        task = bar.add_task("solving held-out problems", total=len(problems))
-        found = evaluation.evaluate(models, tokenizer, problems, lambda: bar.advance(task))
+        task = bar.add_task("solving held-out problems", total=len(models) + timed)
+        found = evaluation.evaluate(models, tokenizer, problems, timed, lambda: bar.advance(task))
     write(args, found, training, asdict(budget))
-    _, trace = evaluation.solve(models["parallel"], tokenizer, problems[0])
+    (trace,) = evaluation.solve(models["parallel"], tokenizer, problems[:1])
     trace.save(args.out / "trace.json")
     (args.out / "trace.svg").write_text(trace_picture.draw(trace).svg(), encoding="utf-8")
     print(picture.table(found))
@@ -75,6 +76,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, metavar="N", help="of training (default: 1500)")
     parser.add_argument("--problems", type=int, metavar="N", help="to evaluate (default: 300)")
+    parser.add_argument(
+        "--timed",
+        type=int,
+        default=40,
+        metavar="N",
+        help="of them also alone, timed (default: 40)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and problems (default: 0)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument(
@@ -89,8 +97,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.problems is None:
         args.problems = 2 if args.quick else 300
-    if args.problems < 1:
-        parser.error(f"--problems: expected at least 1, got {args.problems}")
+    for name in ("problems", "timed"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps: expected at least 1, got {args.steps}")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -20,7 +20,7 @@ def save(scene: Scene, path: Path, scale: float) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{error}; PNG pictures need it: pip install matplotlib, or write SVG"
+            f'{error}; PNG pictures need it: pip install "fork-attn[plot]", or write SVG'
         ) from error
     figure = Figure(figsize=(scene.width / _DPI, scene.height / _DPI), dpi=_DPI * scale)
     FigureCanvasAgg(figure)

@@ -17,6 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from fork_attn.errors import Unsupported
 from fork_attn.reason.trace import ThreadRecord, Trace
 
 
@@ -185,13 +186,24 @@ def from_trace(
     """A recorded generation as a training example, token for token as it was generated.
 
     Threads lie in the order of their records. Tokens that were sampled but never fed, such as an
-    end token, are in it for their label's sake; nobody sees them.
+    end token, are in it for their label's sake; nobody sees them. A bias on keys and values, as in
+    ParaThinker, is not part of it.
 
     Args:
         trace: of any protocol.
         trained: which threads have a loss, for example those that were not pruned; None: all.
             Tokens that were injected never have one.
+
+    Raises:
+        Unsupported: a join or a watch moved keys to other positions (`rebase`): every reader then
+            has positions of its own, which one flat sequence cannot hold.
     """
+    moved = any(event.join == "rebase" for event in trace.events)
+    if moved or any(watch.rebase for thread in trace.threads for watch in thread.watches):
+        raise Unsupported(
+            f"trace: {trace.protocol!r} moved keys to other positions (rebase), which a flat "
+            "sequence with one position a token cannot hold"
+        )
     starts = [0, *accumulate(len(thread.token_ids) for thread in trace.threads)]
     segments: list[Segment] = []
     predicted_from: list[int] = []
@@ -204,14 +216,13 @@ def from_trace(
         positions = _positions(trace, thread)
         for low, high, watched in _watched_runs(trace, thread):
             others = [range(starts[t], starts[t] + seen) for t, seen in watched if seen]
-            sees = merge_ranges([*context, *others, range(start, start + low)])
+            sees = merge_ranges([*context, *others, *_own(thread, low, start)])
             segments.append(Segment(start + low, start + high, sees))
         wanted = trained is None or trained(thread)
-        if thread.token_ids:
-            predicted_from += [
-                _row_before(trace, thread, starts),
-                *range(start, start + len(positions) - 1),
-            ]
+        row = _row_before(trace, thread, starts) if thread.token_ids else -1
+        for i, position in enumerate(thread.positions):
+            predicted_from.append(row)
+            row = row if position is None else start + i
         generated += [wanted and not given for given in thread.injected]
         position_ids += positions
     token_ids = tuple(token for thread in trace.threads for token in thread.token_ids)
@@ -237,16 +248,22 @@ def _end_of_context(trace: Trace, thread: ThreadRecord) -> int:
     return _positions(trace, trace.threads[last.thread])[last.end - 1] + 1
 
 
+def _own(thread: ThreadRecord, end: int, start: int) -> list[range]:
+    """Flat ranges of the thread's tokens [0, end) that were fed."""
+    return [range(start + i, start + i + 1) for i in range(end) if thread.positions[i] is not None]
+
+
 def _watched_runs(
     trace: Trace, thread: ThreadRecord
 ) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
-    """Runs [low, high) of a thread's tokens that see as much of the watched threads.
+    """Runs [low, high) of a thread's tokens, fed or not, that see as much of watched threads.
 
     Gives `(low, high, ((other, its tokens seen), ...))`.
     """
     seen: list[tuple[tuple[int, int], ...]] = []
     for i, step in enumerate(thread.fed_steps):
-        index = i - bisect_left(thread.fed_steps[:i], step) if step is not None else 0
+        before = [s for s in thread.fed_steps[:i] if s is not None]
+        index = 0 if step is None else len(before) - bisect_left(before, step)
         seen.append(
             tuple(
                 (w.thread, _seen_of(trace.threads[w.thread], step, index - w.lag))
@@ -255,9 +272,10 @@ def _watched_runs(
             if step is not None
             else ()
         )
+    fed = [position is not None for position in thread.positions]
     low = 0
     for high in range(1, len(seen) + 1):
-        if high == len(seen) or seen[high] != seen[low]:
+        if high == len(seen) or (seen[high], fed[high]) != (seen[low], fed[low]):
             yield low, high, seen[low]
             low = high
 

@@ -96,7 +96,7 @@ def _guarded(name: str, args: argparse.Namespace) -> int:
         from fork_attn.errors import ForkAttnError
         from fork_attn.reason_command import commands
     except ModuleNotFoundError as error:
-        return _refuse(name, f'{error}: pip install "fork-attn[hf]" rich')
+        return _refuse(name, f'{error}: pip install "fork-attn[reason]"')
     try:
         return commands.generate(args) if name == "generate" else commands.trace(args)
     except KeyboardInterrupt:
