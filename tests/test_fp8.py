@@ -69,9 +69,7 @@ class Threads:
             self.check(out[first : first + count], q[first : first + count], rows, mask)
             first += count
 
-    def check(
-        self, out: Tensor, q: Tensor, rows: list[tuple[Tensor, Tensor]], mask: Tensor
-    ) -> None:
+    def check(self, out: Tensor, q: Tensor, rows: list[tuple[Tensor, Tensor]], mask: Tensor) -> None:
         scales = self.cache.scales(0)
         assert scales is not None
         k, v = (
@@ -204,9 +202,7 @@ def test_rows_of_one_dtype(name: str) -> None:
     )
     rows[name] = rows[name].to(FP8 if name == "q" else torch.bfloat16)
     with threads.cache.step({root: 1}) as step:
-        with pytest.raises(
-            TypeError, match="q: expected dtype" if name == "q" else f"{name}: expected"
-        ):
+        with pytest.raises(TypeError, match="q: expected dtype" if name == "q" else f"{name}: expected"):
             threads.cache.attend(0, **rows, step=step)
         step.rollback()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fork_attn import _C, DeviceError, Unsupported, ops_cache
+from fork_attn import DeviceError, Unsupported, _C, ops_cache
 
 FP8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -114,7 +114,7 @@ def test_store_kv_with_rope(
     dtype: torch.dtype, cached: torch.dtype | None, rotary_dim: int, interleaved: bool
 ) -> None:
     k = torch.randn(77, 2, 128).to(dtype)
-    k.view(-1)[::1001] = torch.nan
+    k.view(-1)[:: 1001] = torch.nan
     v = torch.randn(77, 2, 80).to(dtype)
     k_cache, v_cache = (paged(20, 16, 2, dim, cached or dtype) for dim in (128, 80))
     k_before = k_cache.clone()
@@ -174,7 +174,9 @@ def test_shift_rope(dtype: torch.dtype, interleaved: bool) -> None:
     src, dst = slots[:40], slots[40:80].clone()
     dst[::3] = src[::3]  # in place
     rows = torch.randint(0, 50, (40,))
-    ops_cache.shift_rope(k_cache, v_cache, src, dst, cos, sin, rows, interleaved=interleaved)
+    ops_cache.shift_rope(
+        k_cache, v_cache, src, dst, cos, sin, rows, interleaved=interleaved
+    )
     source = by_slot(before, src)
     turned = rotated(source, cos, sin, rows, interleaved)
     expected = quantised(turned, torch.ones(2)) if dtype == FP8 else turned.to(dtype)
@@ -305,16 +307,10 @@ def test_bad_arguments_change_nothing(
     before = [t.clone() for t in held]
     with pytest.raises(error, match=message):
         getattr(ops_cache, name)(**arguments)
-    assert all(
-        torch.equal(bits(x), bits(y))
-        for x, y in zip(held, before, strict=True)
-        if x.element_size() < 8
-    )
+    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(held, before, strict=True) if x.element_size() < 8)
 
 
-@pytest.mark.parametrize(
-    "name", ["store_kv", "shift_rope", "gather_kv", "copy_pages", "move_slots"]
-)
+@pytest.mark.parametrize("name", ["store_kv", "shift_rope", "gather_kv", "copy_pages", "move_slots"])
 def test_good_arguments_are_taken(name: str) -> None:
     getattr(ops_cache, name)(**_arguments()[name])
 

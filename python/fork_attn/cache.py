@@ -12,8 +12,8 @@ from fork_attn import _C, checks, ops
 from fork_attn.branch import Branch, make_branch
 from fork_attn.errors import ForeignBranch, StalePlan, Unsupported
 from fork_attn.kv_library import DTYPE_CODES
-from fork_attn.plan import Plan
 from fork_attn.quantise import E4M3, check_scale
+from fork_attn.plan import Plan
 from fork_attn.render import render_cache
 from fork_attn.rope import Rope, turn_of, with_rotations
 from fork_attn.step import Draft, Step

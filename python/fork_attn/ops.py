@@ -221,10 +221,10 @@ def tree_attention(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
             if k_cache.dtype != torch.float8_e4m3fn:
-                raise ValueError(
-                    f"{name}: expected None for a cache of {k_cache.dtype}, got a tensor"
-                )
-            checks.tensor(name, scale, shape=(paged[2],), dtype=torch.float32, device=q.device)
+                raise ValueError(f"{name}: expected None for a cache of {k_cache.dtype}, got a tensor")
+            checks.tensor(
+                name, scale, shape=(paged[2],), dtype=torch.float32, device=q.device
+            )
     if min(k_cache.shape[0], v_cache.shape[0]) < plan.page_limit:
         got = f"{k_cache.shape[0]} and {v_cache.shape[0]}"
         raise ValueError(

@@ -32,9 +32,7 @@ def calibrate(name: str, rows: Tensor) -> Tensor:
     """
     most = rows.abs().amax((0, 2)).float()
     if rows.device.type == "cpu" and not bool(most.isfinite().all()):
-        raise ValueError(
-            f"{name}: expected finite values to set the layer's scales by, got Inf or NaN"
-        )
+        raise ValueError(f"{name}: expected finite values to set the layer's scales by, got Inf or NaN")
     scale = (most * (HEADROOM / E4M3_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(most > 0, scale, 1.0)
 

@@ -290,10 +290,7 @@ class DeepCopyCache:
         held = {t.identity: t.position for t in self.tokens(branch)}
         for child in children:
             for t in self.tokens(child):
-                if (
-                    t.identity not in watched
-                    and held.setdefault(t.identity, t.position) != t.position
-                ):
+                if t.identity not in watched and held.setdefault(t.identity, t.position) != t.position:
                     return True
         return False
 
@@ -364,9 +361,7 @@ class DeepCopyCache:
 
     def reorder(self, branches: Sequence[int], indices: Sequence[int]) -> None:
         """branches[i] continues branches[indices[i]]."""
-        sources = [
-            (list(self.branches[branches[i]].items), self.position(branches[i])) for i in indices
-        ]
+        sources = [(list(self.branches[branches[i]].items), self.position(branches[i])) for i in indices]
         for branch, (items, position) in zip(branches, sources, strict=True):
             self.branches[branch].items = items
             self.branches[branch].position = position

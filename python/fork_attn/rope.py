@@ -88,17 +88,13 @@ def turned(x: torch.Tensor, rope: Rope, turn: Turn) -> torch.Tensor:
     half = len(rope.inv_freq)
     a, b = (part[..., 0::2], part[..., 1::2]) if rope.interleaved else part.split(half, -1)
     new_a, new_b = a * cos - b * sin, b * cos + a * sin
-    new = (
-        torch.stack([new_a, new_b], -1).flatten(-2)
-        if rope.interleaved
-        else torch.cat([new_a, new_b], -1)
+    new = torch.stack([new_a, new_b], -1).flatten(-2) if rope.interleaved else torch.cat(
+        [new_a, new_b], -1
     )
     return torch.cat([x[..., : rope.start], new.to(x.dtype), x[..., rope.end :]], -1)
 
 
-def with_rotations(
-    q: torch.Tensor, rotations: torch.Tensor, rope: Rope, turn: Turn
-) -> torch.Tensor:
+def with_rotations(q: torch.Tensor, rotations: torch.Tensor, rope: Rope, turn: Turn) -> torch.Tensor:
     """The query tensor that a plan with rotations reads: `q`, and behind it the rotated copies.
 
     Args:

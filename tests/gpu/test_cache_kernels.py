@@ -61,9 +61,7 @@ def both(name: str, arguments: dict[str, Any], changed: list[str]) -> None:
     for key in changed:
         cpu, gpu = arguments[key], device[key]
         for x, y in zip(
-            cpu if isinstance(cpu, list) else [cpu],
-            gpu if isinstance(gpu, list) else [gpu],
-            strict=True,
+            cpu if isinstance(cpu, list) else [cpu], gpu if isinstance(gpu, list) else [gpu], strict=True
         ):
             assert_same(x, y)
 

@@ -69,13 +69,13 @@ def _queries_and_keys(model: PreTrainedModel, position: int) -> dict[int, tuple[
     ids = torch.ones((1, 1), dtype=torch.int64, device=model.device)
     with torch.no_grad(), attention.recording() as records:
         model(input_ids=ids, position_ids=torch.full_like(ids, position), use_cache=False)
-    return {layer: (q[:, :, 0].cpu(), k[:, :, 0].cpu()) for layer, (q, k) in records.items()}
+    return {
+        layer: (q[:, :, 0].cpu(), k[:, :, 0].cpu()) for layer, (q, k) in records.items()
+    }
 
 
 def _explain(
-    first: tuple[Tensor, Tensor],
-    second: tuple[Tensor, Tensor],
-    frequencies: list[tuple[float, ...]],
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], frequencies: list[tuple[float, ...]]
 ) -> Rope | None:
     """The description that turns the first pair into the second with the least error."""
     dim = first[0].shape[-1]
