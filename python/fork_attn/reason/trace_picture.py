@@ -6,7 +6,7 @@ one step gave: filled if the model sampled it, pale if it was injected.
 
 from __future__ import annotations
 
-from fork_attn.reason.scene import Group, Line, Rect, Scene, Text
+from fork_attn.reason.scene import SIZES, Group, Line, Rect, Scene, Text
 from fork_attn.reason.text_width import wrap
 from fork_attn.reason.trace import ThreadRecord, Trace
 from fork_attn.reason.trace_layout import Bar, Connector, Layout, layout
@@ -46,7 +46,7 @@ class _Picture:
         self.pitch = (room - self.gate * len(gates)) / max(1, self.layout.steps)
         self.gates = gates
         self.lines = 3 if self.layout.lanes <= 8 else 1 if self.layout.lanes <= 24 else 0
-        self.row = BAR + 8 + LINE * (self.lines + 1) if self.lines else BAR + 4
+        self.row = BAR + 14 + LINE * (self.lines + 1) if self.lines else BAR + 4
         self.bottom = TOP + self.layout.lanes * self.row
 
     def left(self, step: int) -> float:
@@ -180,7 +180,13 @@ class _Picture:
         later = [start for start in later if start > bar.start]
         x = self.left(bar.start)
         limit = (self.left(min(later)) - self.gate if later else WIDTH - MARGIN) - x - 8
-        if not self.lines or limit < 34:
+        joins = [c.arrive for c in self.layout.connectors if c.source == bar.thread.id]
+        joins = [step for step in joins if step >= bar.end]
+        if joins:  # not across the curves of its join, if there is room before them
+            before = self.left(min(joins)) - self.gate - x - 8
+            limit = before if before > 150 else limit
+        nothing = not bar.pieces and thread.status in ("done", "joined")
+        if not self.lines or limit < 34 or nothing:
             return []
         status = "" if thread.status in ("done", "joined") else thread.status
         head = " · ".join(part for part in (thread.label, status, thread.note) if part)
@@ -189,7 +195,8 @@ class _Picture:
         marks: list[Rect | Line | Text] = [
             Text(x, y, wrap(head, limit, 1)[0], "label", colour(thread), bold=True)
         ]
-        lines = wrap(words, limit, self.lines) if words.strip() else []
+        lines = wrap(words, limit * SIZES["ink"] / SIZES["small"], self.lines)
+        lines = lines if words.strip() else []
         marks += [Text(x, y + LINE * (i + 1), line, "small") for i, line in enumerate(lines)]
         return marks
 
