@@ -85,9 +85,11 @@ def is_held_out(numbers: Sequence[int]) -> bool:
 
 
 def draw(rng: random.Random, held_out: bool) -> Problem:
-    """A random problem: one in four has no solution, one in eight to train on has two numbers."""
+    """A random problem, one in four without a solution; to train on, every other has two numbers:
+    short ones teach at little cost to notice that the target is reached.
+    """
     while True:
-        count = 2 if not held_out and rng.random() < 1 / 8 else 3
+        count = 2 if not held_out and rng.random() < 1 / 2 else 3
         numbers = tuple(sorted((rng.randint(1, LARGEST) for _ in range(count)), reverse=True))
         if is_held_out(numbers) != held_out:
             continue
