@@ -57,9 +57,7 @@ def _explicit_views(
     for row, seen in enumerate(_current.seen):
         at = _current.new[row][1] + _current.turns[row]
         seen = [(i, p) for i, p in seen if sliding_window is None or at - p < sliding_window]
-        keys = [
-            rerotate(stored[i][0], p - stored[i][2], rope, torch.float64) for i, p in seen
-        ]
+        keys = [rerotate(stored[i][0], p - stored[i][2], rope, torch.float64) for i, p in seen]
         q = rerotate(query[0, :, row], _current.turns[row], rope, torch.float64)
         values = torch.stack([stored[i][1] for i, _ in seen])
         mask = torch.ones(1, len(seen), dtype=torch.bool)

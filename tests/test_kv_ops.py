@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fork_attn import DeviceError, Unsupported, _C, ops_cache
+from fork_attn import _C, DeviceError, Unsupported, ops_cache
 
 FP8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,16 +33,19 @@ def table(rows: int, rotary_dim: int, *, scale: float = 1.0) -> tuple[Tensor, Te
     return (angle.cos() * scale).float(), (angle.sin() * scale).float()
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, interleaved: bool) -> Tensor:
+def rotated(
+    x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, interleaved: bool, start: int = 0
+) -> Tensor:
     """Rotary embeddings in fp32 by torch, one rounding per operation; the rest as it is."""
     half = cos.shape[1]
     c, s = cos[rows][:, None], sin[rows][:, None]
     out = x.float().clone()
-    first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
-    second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
-    a, b = out[..., first].clone(), out[..., second].clone()
-    out[..., first] = a * c - b * s
-    out[..., second] = b * c + a * s
+    part = out[..., start : start + 2 * half]
+    first = slice(0, None, 2) if interleaved else slice(0, half)
+    second = slice(1, None, 2) if interleaved else slice(half, None)
+    a, b = part[..., first].clone(), part[..., second].clone()
+    part[..., first] = a * c - b * s
+    part[..., second] = b * c + a * s
     return out
 
 
@@ -107,14 +110,18 @@ def test_every_e4m3_pattern_is_read_as_torch_does() -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("rotary_dim", [128, 32, 6], ids=["full", "partial", "odd"])
+@pytest.mark.parametrize(
+    ("rotary_dim", "start"),
+    [(128, 0), (32, 0), (64, 64), (32, 48), (6, 0), (32, 3)],
+    ids=["full", "first", "last", "middle", "odd", "odd start"],
+)
 @pytest.mark.parametrize("cached", [None, FP8], ids=["same", "e4m3"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_store_kv_with_rope(
-    dtype: torch.dtype, cached: torch.dtype | None, rotary_dim: int, interleaved: bool
+    dtype: torch.dtype, cached: torch.dtype | None, rotary_dim: int, start: int, interleaved: bool
 ) -> None:
     k = torch.randn(77, 2, 128).to(dtype)
-    k.view(-1)[:: 1001] = torch.nan
+    k.view(-1)[::1001] = torch.nan
     v = torch.randn(77, 2, 80).to(dtype)
     k_cache, v_cache = (paged(20, 16, 2, dim, cached or dtype) for dim in (128, 80))
     k_before = k_cache.clone()
@@ -130,9 +137,10 @@ def test_store_kv_with_rope(
         sin=sin,
         position_ids=positions,
         interleaved=interleaved,
+        rotary_start=start,
     )
     kept = slots >= 0
-    turned = rotated(k, cos, sin, positions, interleaved)
+    turned = rotated(k, cos, sin, positions, interleaved, start)
     if cached:
         expected, expected_v = quantised(turned, scales[0]), quantised(v, scales[1])
     else:
@@ -165,8 +173,9 @@ def test_store_and_gather_keep_every_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("start", [0, 16, 32, 5])
 @pytest.mark.parametrize("dtype", [*DTYPES, FP8])
-def test_shift_rope(dtype: torch.dtype, interleaved: bool) -> None:
+def test_shift_rope(dtype: torch.dtype, start: int, interleaved: bool) -> None:
     k_cache, v_cache = (paged(30, 8, 2, dim, dtype) for dim in (64, 48))
     before, before_v = k_cache.clone(), v_cache.clone()
     cos, sin = table(50, 32)
@@ -175,13 +184,17 @@ def test_shift_rope(dtype: torch.dtype, interleaved: bool) -> None:
     dst[::3] = src[::3]  # in place
     rows = torch.randint(0, 50, (40,))
     ops_cache.shift_rope(
-        k_cache, v_cache, src, dst, cos, sin, rows, interleaved=interleaved
+        *(k_cache, v_cache, src, dst, cos, sin, rows),
+        interleaved=interleaved,
+        rotary_start=start,
     )
     source = by_slot(before, src)
-    turned = rotated(source, cos, sin, rows, interleaved)
+    turned = rotated(source, cos, sin, rows, interleaved, start)
     expected = quantised(turned, torch.ones(2)) if dtype == FP8 else turned.to(dtype)
-    assert_bits(by_slot(k_cache, dst)[..., :32], expected[..., :32])
-    assert torch.equal(bits(by_slot(k_cache, dst)[..., 32:]), bits(source[..., 32:]))
+    part = slice(start, start + 32)
+    assert_bits(by_slot(k_cache, dst)[..., part], expected[..., part])
+    for rest in (slice(0, start), slice(start + 32, None)):
+        assert torch.equal(bits(by_slot(k_cache, dst)[..., rest]), bits(source[..., rest]))
     assert torch.equal(bits(by_slot(v_cache, dst)), bits(by_slot(before_v, src)))
     others = torch.ones(240, dtype=torch.bool)
     others[dst] = False
@@ -264,6 +277,8 @@ BAD: list[tuple[str, str, Spoil, type[Exception], str]] = [
     ("store_kv", "cos", lambda a: a["cos"].double(), TypeError, "cos: expected dtype"),
     ("store_kv", "sin", lambda a: a["sin"][:, :2], ValueError, "sin: expected shape"),
     ("store_kv", "cos", lambda a: torch.zeros(10, 5), ValueError, "sin: expected shape"),
+    ("store_kv", "rotary_start", lambda a: 1, ValueError, "cos: expected 1 to 3 columns"),
+    ("store_kv", "rotary_start", lambda a: -1, ValueError, "rotary_start: expected 0"),
     ("store_kv", "k_scale", lambda a: torch.ones(2), ValueError, "k_scale: expected None"),
     ("store_kv", "k_cache", lambda a: a["k_cache"].to(FP8), TypeError, "v_cache: expected dtype"),
     ("store_kv", "k_cache", lambda a: a["k_cache"].double(), TypeError, "k_cache: expected dtype"),
@@ -307,10 +322,16 @@ def test_bad_arguments_change_nothing(
     before = [t.clone() for t in held]
     with pytest.raises(error, match=message):
         getattr(ops_cache, name)(**arguments)
-    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(held, before, strict=True) if x.element_size() < 8)
+    assert all(
+        torch.equal(bits(x), bits(y))
+        for x, y in zip(held, before, strict=True)
+        if x.element_size() < 8
+    )
 
 
-@pytest.mark.parametrize("name", ["store_kv", "shift_rope", "gather_kv", "copy_pages", "move_slots"])
+@pytest.mark.parametrize(
+    "name", ["store_kv", "shift_rope", "gather_kv", "copy_pages", "move_slots"]
+)
 def test_good_arguments_are_taken(name: str) -> None:
     getattr(ops_cache, name)(**_arguments()[name])
 

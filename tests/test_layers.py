@@ -24,7 +24,7 @@ LAYERS = (
     ("plan", "plan_format", "rope"),
     ("storage",),
     ("kernels",),
-    ("ops_cache",),
+    ("ops_cache", "ops_triton"),
     ("ops", "reference", "reference_cache"),
     ("render", "branch", "step", "cache"),
     ("",),  # fork_attn/__init__.py, the public names
@@ -40,7 +40,7 @@ ORACLES = ("reference", "reference_cache")
 
 # Third parties that only these may import.
 RESTRICTED = {
-    "triton": ("kernels",),
+    "triton": ("kernels", "testing"),
     "transformers": ("hf", "reason", "demo", "reason_command"),
     "rich": ("reason", "demo", "plan_command", "reason_command"),
     "matplotlib": ("demo", "reason"),

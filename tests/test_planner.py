@@ -16,7 +16,16 @@ import fork_attn as fa
 from fork_attn import _C
 from fork_attn.branch import Branch
 from fork_attn.plan import Plan, PlanShape, build_plan
-from fork_attn.plan_format import PlanHeader, PlanSections, header, run_at, run_visibility, sections
+from fork_attn.plan_format import (
+    GATHER,
+    PlanHeader,
+    PlanSections,
+    header,
+    run_at,
+    run_slots,
+    run_visibility,
+    sections,
+)
 from fork_attn.reference_cache import DeepCopyCache, Rows, Token
 
 TARGETS = ("cpu", "sm_80", "sm_90", "sm_100")
@@ -139,6 +148,9 @@ class World:
             draft = fa.Draft([rng.randint(-1, i - 1) for i in range(count)])
             alone = not any(branch in pair for pair in watched)
             tokens[branch] = draft if alone and rng.random() < 0.25 else count
+        return self.open_with(tokens)
+
+    def open_with(self, tokens: dict[Branch, int | fa.Draft]) -> Case:
         slots: dict[int, dict[int, int]] = {}  # of each branch's tokens: some may be copies
         for branch in tokens:
             seen, _ = self.oracle.view(self.ids[branch])
@@ -201,9 +213,7 @@ def expand(plan: Plan, num_slots: int) -> torch.Tensor:
         rows = s.tokens[begin : begin + count].long()
         for index in range(run_begin, run_end):
             run = run_at(s, index)
-            at = torch.arange(run.first_slot, run.first_slot + run.num_slots)
-            slots = s.pages[run.page_begin + at // h.page_size].long() * h.page_size
-            slots += at % h.page_size
+            slots = run_slots(s, run, h.page_size)
             positions = s.positions[begin : begin + count]
             visible = run_visibility(s, run, positions, h.window).int()
             where = (rows[:, None].expand_as(visible), slots.expand_as(visible))
@@ -247,6 +257,11 @@ def check_structure(plan: Plan) -> None:
             run = run_at(s, index)
             assert run.mask and run.mask >> int(s.blocks[block, 1]) == 0
             assert run.num_slots >= 1 and 0 <= run.first_slot < h.page_size
+            if run.kind & GATHER:
+                assert (run.kind, run.first_slot) == (GATHER, 0)
+                assert 0 <= run.page_begin <= h.num_gather - run.num_slots
+                assert 0 <= run.words_begin <= h.num_words - run.num_slots
+                continue
             last = run.page_begin + (run.first_slot + run.num_slots - 1) // h.page_size
             assert 0 <= run.page_begin <= last < h.num_pages
             assert int(s.pages[run.page_begin : last + 1].min()) >= 0
@@ -351,6 +366,24 @@ def test_the_plan_of_a_long_prefill_is_small() -> None:
         for target in TARGETS:
             plan = build_plan(cache._core, None, shape, 16, target, 132)
             assert plan.buffer.nbytes < 2 * 10**6, target
+
+
+def test_short_runs_share_tiles() -> None:
+    """On GPUs, short pieces of an item go to one run at its end."""
+    rng = random.Random(0)
+    gathered = 0
+    for _ in range(30):
+        case = random_case(rng)
+        for target in ("sm_80", "sm_90"):
+            s = sections(case.plan(target, 1).buffer)  # one worker: items are whole
+            for begin, end in s.items[:, 1:3].tolist():
+                runs = [run_at(s, i) for i in range(begin, end)]
+                rests = [r for r in runs if r.kind != GATHER and 0 < r.num_slots % 64 <= 48]
+                assert len(rests) <= 1
+                gathered += sum(r.kind == GATHER for r in runs)
+                assert all(r.kind != GATHER for r in runs[:-1])
+        assert not header(case.plan("cpu", 1).buffer).num_gather
+    assert gathered > 10
 
 
 class TestBadInput:

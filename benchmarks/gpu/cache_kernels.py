@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/cache_kernels.py --out FOLDER [--rounds N]
 
-Writes cache_kernels.json: per case the bytes that have to be read and written, the median time with a
-cold L2, and the fraction of the copy's bytes per second.
+Writes cache_kernels.json: per case the bytes that have to be read and written, the median time with
+a cold L2, and the fraction of the copy's bytes per second.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// The kernels that move K and V. Each call names where it runs: (-1, 0) for the CPU, or a device and
-// its stream.
+// The kernels that move K and V. Each call names where it runs: (-1, 0) for the CPU, or a device
+// and its stream.
 #include "cache_kernels.h"
 
 #include <pybind11/stl.h>
@@ -20,7 +20,7 @@ using WhereArg = std::tuple<int32_t, uintptr_t>;
 using PagedArg = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 using RowArg = std::tuple<uintptr_t, int64_t, int64_t>;
 using ShapeArg = std::tuple<int64_t, int32_t, int32_t, int32_t, int32_t>;
-using RopeArg = std::tuple<uintptr_t, uintptr_t, uintptr_t, int32_t, bool>;
+using RopeArg = std::tuple<uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t, bool>;
 using ScalesArg = std::tuple<uintptr_t, uintptr_t>;
 using DTypesArg = std::tuple<int32_t, int32_t>;  // of the cache and of its rows
 using PageSpanArg = std::tuple<uintptr_t, int64_t, int64_t>;
@@ -47,9 +47,13 @@ cpu::KvShape shape(const ShapeArg& a) {
 }
 
 cpu::Rope rope(const RopeArg& a) {
-  const auto& [cos, sin, table_rows, rotary_dim, interleaved] = a;
-  return {pointer<const float>(cos), pointer<const float>(sin), pointer<const int64_t>(table_rows),
-          rotary_dim, interleaved};
+  const auto& [cos, sin, table_rows, rotary_dim, start, interleaved] = a;
+  return {pointer<const float>(cos),
+          pointer<const float>(sin),
+          pointer<const int64_t>(table_rows),
+          rotary_dim,
+          start,
+          interleaved};
 }
 
 cpu::DType dtype(int32_t code) { return static_cast<cpu::DType>(code); }

@@ -278,13 +278,14 @@ void bind_step(py::class_<PyCore>& c) {
 void bind_plan(py::module_& m) {
   m.def("target_costs", [](const std::string& name) {
     const TargetCosts& t = target_costs(name);
-    return py::dict(
-        py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
-        py::arg("spans_per_worker") = t.spans_per_worker, py::arg("bytes_per_ns") = t.bytes_per_ns,
-        py::arg("flops_per_ns_small") = t.flops_per_ns_small,
-        py::arg("flops_per_ns") = t.flops_per_ns, py::arg("row_quantum") = t.row_quantum,
-        py::arg("load_rows") = t.load_rows, py::arg("ns_per_exp") = t.ns_per_exp,
-        py::arg("item_ns") = t.item_ns, py::arg("tile_slots") = t.tile_slots);
+    return py::dict(py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
+                    py::arg("spans_per_worker") = t.spans_per_worker,
+                    py::arg("bytes_per_ns") = t.bytes_per_ns,
+                    py::arg("flops_per_ns_small") = t.flops_per_ns_small,
+                    py::arg("flops_per_ns") = t.flops_per_ns,
+                    py::arg("row_quantum") = t.row_quantum, py::arg("load_rows") = t.load_rows,
+                    py::arg("ns_per_exp") = t.ns_per_exp, py::arg("item_ns") = t.item_ns,
+                    py::arg("tile_slots") = t.tile_slots, py::arg("gather_slots") = t.gather_slots);
   });
   py::class_<PlanData>(m, "PlanData", py::buffer_protocol())
       .def_buffer([](PlanData& self) {
@@ -295,12 +296,12 @@ void bind_plan(py::module_& m) {
           [](const PlanData& self) {
             return reinterpret_cast<const PlanHeader*>(self.buffer.data())->page_limit;
           })
-      .def_property_readonly(
-          "rotations",
-          [](const PlanData& self) {
-            const auto* h = reinterpret_cast<const PlanHeader*>(self.buffer.data());
-            return py::make_tuple(h->off_rotations, h->num_rotations);
-          })
+      .def_property_readonly("rotations",
+                             [](const PlanData& self) {
+                               const auto* h =
+                                   reinterpret_cast<const PlanHeader*>(self.buffer.data());
+                               return py::make_tuple(h->off_rotations, h->num_rotations);
+                             })
       .def_property_readonly("cost_ns", [](const PlanData& self) { return self.cost_ns; })
       .def_property_readonly("span_ns", [](const PlanData& self) { return self.span_ns; })
       .def_property_readonly("counts", [](const PlanData& self) {

@@ -70,8 +70,8 @@ void bind_kernels(py::module_& m) {
   m.def("tree_attention_cpu", &tree_attention_cpu, py::arg("plan_ptr"), py::arg("q"),
         py::arg("k_cache"), py::arg("v_cache"), py::arg("out"), py::arg("lse_ptr"),
         py::arg("sinks_ptr"), py::arg("k_scale_ptr"), py::arg("v_scale_ptr"), py::arg("dtype"),
-        py::arg("kv_dtype"), py::arg("num_q_heads"), py::arg("num_kv_heads"),
-        py::arg("head_dim"), py::arg("head_dim_v"), py::arg("softmax_scale"), py::arg("softcap"));
+        py::arg("kv_dtype"), py::arg("num_q_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+        py::arg("head_dim_v"), py::arg("softmax_scale"), py::arg("softcap"));
   m.def("merge_states_cpu", &merge_states_cpu, py::arg("out_ptr"), py::arg("lse_ptr"),
         py::arg("num_states"), py::arg("rows"), py::arg("num_heads"), py::arg("dim"),
         py::arg("merged_out_ptr"), py::arg("merged_lse_ptr"));

@@ -116,8 +116,8 @@ Index ContextStore::coalesce(Index head) noexcept {
     const Link& l = links[head];
     const Index parent = l.parent;
     Link& p = links[parent];
-    const bool continues =
-        l.watch == kNone && p.segment == l.segment && p.hi == l.lo && p.position_shift == l.position_shift;
+    const bool continues = l.watch == kNone && p.segment == l.segment && p.hi == l.lo &&
+                           p.position_shift == l.position_shift;
     if (p.refs != 1 || !continues) break;
     p.hi = l.hi;
     p.length = l.length;

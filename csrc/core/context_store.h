@@ -49,7 +49,7 @@ struct Link {
   int64_t length = 0;          // of the context up to and including this link
   int32_t refs = 0;      // branches and watches whose head this is, plus links whose parent this is
   bool shifted = false;  // this link or one before it may have a shift or be a watch
-  Index prev = kNone;  // among the links of the segment
+  Index prev = kNone;    // among the links of the segment
   Index next = kNone;
   mutable uint64_t mark = 0;  // scratch of walks over chains
 };
@@ -61,8 +61,9 @@ struct Watch {
   Index sealed = kNone;  // the head of a chain
   int64_t start = 0;
   int32_t lag = 0;
-  bool rebase = true;  // laid end to end with the watcher's context, or at the tokens' own positions
-  int32_t refs = 0;    // links that name it
+  bool rebase =
+      true;          // laid end to end with the watcher's context, or at the tokens' own positions
+  int32_t refs = 0;  // links that name it
 };
 
 class ContextStore {

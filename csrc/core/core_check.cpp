@@ -64,8 +64,8 @@ void check_links(const CacheCore& core) {
     if (w.sealed != kNone) ++refs[w.sealed];
     if (w.other == kNone) continue;
     expect(core.branches().taken(w.other), "a watched branch was freed", i);
-    expect(store.length(core.branches()[w.other].head) >= w.start,
-           "a watched branch has shrunk", i);
+    expect(store.length(core.branches()[w.other].head) >= w.start, "a watched branch has shrunk",
+           i);
   }
   for (Index i = 0; i < store.links.size(); ++i) {
     if (store.links.taken(i))

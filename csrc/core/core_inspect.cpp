@@ -88,12 +88,11 @@ void CacheCore::page_table(Handle h, std::vector<int32_t>& out) const {
   for (const Index at : chain) {
     const Link& l = store_.links[at];
     if (l.watch != kNone || l.position_shift != 0) {
-      fail(ErrorKind::kNotDense,
-           "branch " + std::to_string(serial(h)) +
-               (l.watch != kNone ? " watches another branch"
-                                 : ": token " + std::to_string(token) +
-                                       " is seen at a position shifted by " +
-                                       std::to_string(l.position_shift)));
+      fail(ErrorKind::kNotDense, "branch " + std::to_string(serial(h)) +
+                                     (l.watch != kNone ? " watches another branch"
+                                                       : ": token " + std::to_string(token) +
+                                                             " is seen at a position shifted by " +
+                                                             std::to_string(l.position_shift)));
     }
     const Segment& s = store_.segments[l.segment];
     if (l.lo % page_size() != token % page_size()) {

@@ -285,8 +285,7 @@ void CacheCore::join(Handle h, std::span<const Handle> children, const JoinReque
 
   Branch& b = branches_[i];
   int64_t position = request.position;
-  if (request.mode == JoinPosition::kMax)
-    position = request.rebase == Rebase::kNo ? largest : end;
+  if (request.mode == JoinPosition::kMax) position = request.rebase == Rebase::kNo ? largest : end;
   if (request.mode == JoinPosition::kSum) position = b.position + all.num_tokens();
   const int64_t length = store_.length(b.head) + all.num_tokens();
   if (position < 0 || std::max(position, end) > kMaxLength || length > kMaxLength) {

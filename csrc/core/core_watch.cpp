@@ -1,9 +1,9 @@
 // Watches: branches that see what others write, while they write it.
 //
-// A watch stands at a place of its watcher's context, as a link without slots. What it shows is laid
-// there, so everything behind it moves as the other branch grows. Nothing is written for that: the
-// watcher's own tokens stay at the positions of its context alone, and what it sees before them is
-// shifted back instead (ViewPart::shift), by as much as has come in between.
+// A watch stands at a place of its watcher's context, as a link without slots. What it shows is
+// laid there, so everything behind it moves as the other branch grows. Nothing is written for that:
+// the watcher's own tokens stay at the positions of its context alone, and what it sees before them
+// is shifted back instead (ViewPart::shift), by as much as has come in between.
 #include <algorithm>
 #include <string>
 
@@ -22,9 +22,9 @@ void CacheCore::require_unwatched(Index branch, const char* verb) const {
   if (store_.watches.count() == 0) return;
   for (Index w = 0; w < store_.watches.size(); ++w) {
     if (store_.watches.taken(w) && store_.watches[w].other == branch) {
-      fail(ErrorKind::kValue,
-           std::string(verb) + ": branch " + std::to_string(branches_[branch].serial) +
-               " is watched, and may only grow, fork or be freed; got " + verb);
+      fail(ErrorKind::kValue, std::string(verb) + ": branch " +
+                                  std::to_string(branches_[branch].serial) +
+                                  " is watched, and may only grow, fork or be freed; got " + verb);
     }
   }
 }
@@ -137,8 +137,7 @@ CacheCore::Extent CacheCore::extent(const Watch& watch, const StepRow* other,
 }
 
 // What a watch shows to the tokens of `part`, whose shift is that of the watched block.
-void CacheCore::watched_parts(const Watch& watch, ViewPart part,
-                              std::vector<ViewPart>& out) const {
+void CacheCore::watched_parts(const Watch& watch, ViewPart part, std::vector<ViewPart>& out) const {
   const int64_t shift = part.shift;
   each_watched(watch, [&](const Link& l) {
     part.shift = shift + l.position_shift;
@@ -193,8 +192,15 @@ void CacheCore::view_of_row(const StepRow& row, std::vector<ViewPart>& out) cons
     }
     for (std::size_t k = 0; k < num_rebased; ++k) {
       const Link& l = store_.links[chain[k]];
-      ViewPart part{first, bounds[range + 1] - first, l.position_shift - ahead, l.segment,
-                    l.lo,  l.hi, -1, false, 0};
+      ViewPart part{first,
+                    bounds[range + 1] - first,
+                    l.position_shift - ahead,
+                    l.segment,
+                    l.lo,
+                    l.hi,
+                    -1,
+                    false,
+                    0};
       if (l.watch == kNone) {
         out.push_back(part);
         continue;
@@ -246,25 +252,22 @@ void CacheCore::validate_watches() const {
       if (!row.draft && !step_.rows[branches_[other].step_row].draft) continue;
       fail(ErrorKind::kUnsupported,
            "tokens: branch " + std::to_string(branches_[row.branch].serial) + " watches branch " +
-               std::to_string(branches_[other].serial) +
-               "; neither may draft in a step of both");
+               std::to_string(branches_[other].serial) + "; neither may draft in a step of both");
     }
     view_of_row(row, parts);
     const int64_t position = branches_[row.branch].position;
     for (const ViewPart& p : parts) {
       if (!fits(p.shift) || !fits(position - p.shift) ||
           !fits(position + row.num_tokens - p.shift)) {
-        fail(ErrorKind::kValue,
-             "tokens: branch " + std::to_string(branches_[row.branch].serial) +
-                 " would see a token at a position beyond 32 bits, shifted by " +
-                 std::to_string(p.shift));
+        fail(ErrorKind::kValue, "tokens: branch " + std::to_string(branches_[row.branch].serial) +
+                                    " would see a token at a position beyond 32 bits, shifted by " +
+                                    std::to_string(p.shift));
       }
     }
   }
 }
 
-void CacheCore::view(Handle h, std::vector<int64_t>& slots,
-                     std::vector<int64_t>& positions) const {
+void CacheCore::view(Handle h, std::vector<int64_t>& slots, std::vector<int64_t>& positions) const {
   std::vector<Index> chain;
   store_.chain(branches_[require(h)].head, chain);
   slots.clear();

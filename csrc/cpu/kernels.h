@@ -28,9 +28,9 @@ struct TreeAttentionParams {
   RowTensor q;          // (T, num_q_heads, head_dim), dtype
   PagedTensor k_cache;
   PagedTensor v_cache;
-  RowTensor out;       // (T, num_q_heads, head_dim_v), dtype
-  float* lse;          // (T, num_q_heads) contiguous, natural log, sinks included
-  const float* sinks;  // (num_q_heads,) logits or null
+  RowTensor out;         // (T, num_q_heads, head_dim_v), dtype
+  float* lse;            // (T, num_q_heads) contiguous, natural log, sinks included
+  const float* sinks;    // (num_q_heads,) logits or null
   const float* k_scale;  // (num_kv_heads,) or null: what k_cache and v_cache are multiplied with
   const float* v_scale;
   DType dtype;     // of q and out

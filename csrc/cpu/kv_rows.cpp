@@ -70,7 +70,7 @@ void store_kv(const StoreKvParams& p) {
       if (p.rope.rotary_dim == 0) return store_bytes<Cache>(p);
     }
     constexpr int kPack = kPackSize<Cache, Row>;
-    if (dims_fit<kPack>(p.shape, p.rope.rotary_dim)) return store_units<kPack, Cache, Row>(p);
+    if (dims_fit<kPack>(p.shape, p.rope)) return store_units<kPack, Cache, Row>(p);
     store_units<1, Cache, Row>(p);
   });
 }
@@ -80,7 +80,7 @@ void gather_kv(const GatherKvParams& p) {
     using Cache = decltype(cache);
     using Row = decltype(rows);
     constexpr int kPack = kPackSize<Cache, Row>;
-    if (dims_fit<kPack>(p.shape, 0)) return gather_units<kPack, Cache, Row>(p);
+    if (dims_fit<kPack>(p.shape, Rope{})) return gather_units<kPack, Cache, Row>(p);
     gather_units<1, Cache, Row>(p);
   };
   if (p.rows_dtype == DType::kFloat8E4M3) return gather(Float8E4M3{}, Float8E4M3{});
@@ -91,7 +91,7 @@ void shift_rope(const ShiftRopeParams& p) {
   for_cache(p.dtype, [&](auto cache) {
     using T = decltype(cache);
     constexpr int kPack = kPackSize<T, T>;
-    if (dims_fit<kPack>(p.shape, p.rope.rotary_dim)) return shift_units<kPack, T>(p);
+    if (dims_fit<kPack>(p.shape, p.rope)) return shift_units<kPack, T>(p);
     shift_units<1, T>(p);
   });
 }

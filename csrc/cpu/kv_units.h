@@ -40,8 +40,7 @@ FORK_ATTN_HD void store_pack(T* to, const Pack<T, N>& pack) {
 }
 
 template <class To, class From>
-inline constexpr bool kScales =
-    std::is_same_v<To, Float8E4M3> != std::is_same_v<From, Float8E4M3>;
+inline constexpr bool kScales = std::is_same_v<To, Float8E4M3> != std::is_same_v<From, Float8E4M3>;
 
 // `factor` counts where one side is quantised and the other is not.
 template <class To, class From>
@@ -82,7 +81,7 @@ FORK_ATTN_HD void rotate(const From& a, const From& b, float cos, float sin, flo
 template <int N, class To, class From>
 FORK_ATTN_HD void rotate_pack(const From* from, const float* cos, const float* sin, int32_t pair,
                               const Rope& rope, float factor, To* to) {
-  const int32_t first = rope.interleaved ? 2 * pair : pair;
+  const int32_t first = rope.start + (rope.interleaved ? 2 * pair : pair);
   const int32_t second = rope.interleaved ? first + N : first + rope.rotary_dim / 2;
   const Pack<From, N> a = load_pack<N>(from + first);
   const Pack<From, N> b = load_pack<N>(from + second);
@@ -127,7 +126,8 @@ FORK_ATTN_HD void head_unit(const From* from, const Rope& rope, int64_t table_ro
     const int64_t angles = table_row * half;
     rotate_pack<N>(from, rope.cos + angles, rope.sin + angles, unit * N, rope, factor, to);
   } else if (!in_place) {
-    const int32_t at = unit * N + half;
+    const int32_t rest = unit * N - half;
+    const int32_t at = rest < rope.start ? rest : rest + rope.rotary_dim;
     convert_pack<N>(from + at, factor, to + at);
   }
 }
@@ -220,8 +220,8 @@ FORK_ATTN_HD void shift_unit(const ShiftRopeParams& p, int64_t row, int32_t inde
   }
 }
 
-// Whether rows of `size` bytes an element can be cut into packs of N, each on a multiple of 16 bytes
-// or of its own size.
+// Whether rows of `size` bytes an element can be cut into packs of N, each on a multiple of 16
+// bytes or of its own size.
 template <int N>
 inline bool aligned(const void* data, std::initializer_list<int64_t> strides, int64_t size) {
   const int64_t unit = size * N < 16 ? size * N : 16;
@@ -241,9 +241,9 @@ inline bool aligned(const RowTensor& t, int64_t size) {
 }
 
 template <int N>
-inline bool dims_fit(const KvShape& shape, int32_t rotary_dim) {
-  return rotary_dim / 2 % N == 0 && (shape.head_dim - rotary_dim) % N == 0 &&
-         shape.head_dim_v % N == 0;
+inline bool dims_fit(const KvShape& shape, const Rope& rope) {
+  return rope.rotary_dim / 2 % N == 0 && rope.start % N == 0 &&
+         (shape.head_dim - rope.rotary_dim) % N == 0 && shape.head_dim_v % N == 0;
 }
 
 template <int N>

@@ -1,6 +1,6 @@
 // Floating point of 16 and 8 bits as bits: conversions from and to fp32 that need neither compiler
-// support nor CUDA headers. GPUs use their own instructions where they have them, which give the same
-// bits but for the sign and payload of NaN.
+// support nor CUDA headers. GPUs use their own instructions where they have them, which give the
+// same bits but for the sign and payload of NaN.
 #pragma once
 
 #include <cstdint>

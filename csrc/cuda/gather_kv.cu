@@ -7,7 +7,7 @@ namespace fork_attn::cuda {
 namespace {
 
 template <int N, class Cache, class Row>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     gather_kernel(const __grid_constant__ cpu::GatherKvParams p, int32_t units) {
   const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (row >= p.shape.rows) return;
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int N, class Cache, class Row>
 bool aligned(const cpu::GatherKvParams& p) {
-  return cpu::dims_fit<N>(p.shape, 0) && cpu::aligned<N>(p.k, sizeof(Row)) &&
+  return cpu::dims_fit<N>(p.shape, cpu::Rope{}) && cpu::aligned<N>(p.k, sizeof(Row)) &&
          cpu::aligned<N>(p.v, sizeof(Row)) && cpu::aligned<N>(p.k_cache, sizeof(Cache)) &&
          cpu::aligned<N>(p.v_cache, sizeof(Cache));
 }

@@ -42,21 +42,30 @@ class DeviceScope {
   bool switched_ = false;
 };
 
-template <class... Params, class... Arguments>
+template <class T>
+struct Same {
+  using Type = T;
+};
+
+// The arguments have the kernel's types exactly.
+template <class... Params>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared,
-            Stream stream, const Arguments&... arguments) {
+            Stream stream, const typename Same<Params>::Type&... arguments) {
 #ifdef FORK_ATTN_EMULATE
   (void)name;
   (void)stream;
   emulator::launch([&] { kernel(arguments...); }, grid, block, shared);
 #else
   const DeviceScope scope(stream.device, name);
-  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)>>>(arguments...);
-  check(cudaGetLastError(), name);
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared,
+                         static_cast<cudaStream_t>(stream.handle)),
+        name);
 #endif
 }
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 2;  // on a multiprocessor at least; more would spill a unit's 32 values
 
 // Blocks of `units` threads a row, several rows to a block where rows are short.
 struct RowGrid {

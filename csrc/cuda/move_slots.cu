@@ -52,8 +52,7 @@ void run(const Table& table, int32_t num_caches, int32_t page_size, const int64_
     columns = std::max(columns, table.spans[c].row_bytes / kSize);
     heads = std::max(heads, table.spans[c].num_heads);
   }
-  const int32_t width =
-      std::min(columns, kSharedBytes / (static_cast<int32_t>(count) * kSize));
+  const int32_t width = std::min(columns, kSharedBytes / (static_cast<int32_t>(count) * kSize));
   const dim3 grid(static_cast<unsigned>((columns + width - 1) / width),
                   static_cast<unsigned>(heads), static_cast<unsigned>(num_caches));
   launch("move_slots", move_kernel<Element>, grid, dim3(kThreads), count * width * kSize, stream,

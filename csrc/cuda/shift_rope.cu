@@ -7,7 +7,7 @@ namespace fork_attn::cuda {
 namespace {
 
 template <int N, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     shift_kernel(const __grid_constant__ cpu::ShiftRopeParams p, int32_t units) {
   const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (row >= p.shape.rows) return;
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int N, class T>
 bool aligned(const cpu::ShiftRopeParams& p) {
-  return cpu::dims_fit<N>(p.shape, p.rope.rotary_dim) && cpu::rope_fits<N>(p.rope) &&
+  return cpu::dims_fit<N>(p.shape, p.rope) && cpu::rope_fits<N>(p.rope) &&
          cpu::aligned<N>(p.k_cache, sizeof(T)) && cpu::aligned<N>(p.v_cache, sizeof(T));
 }
 

@@ -7,7 +7,7 @@ namespace fork_attn::cuda {
 namespace {
 
 template <int N, class Cache, class Row>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     store_kernel(const __grid_constant__ cpu::StoreKvParams p, int32_t units) {
   const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (row >= p.shape.rows) return;
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int N, class Cache, class Row>
 bool aligned(const cpu::StoreKvParams& p) {
-  return cpu::dims_fit<N>(p.shape, p.rope.rotary_dim) && cpu::rope_fits<N>(p.rope) &&
+  return cpu::dims_fit<N>(p.shape, p.rope) && cpu::rope_fits<N>(p.rope) &&
          cpu::aligned<N>(p.k, sizeof(Row)) && cpu::aligned<N>(p.v, sizeof(Row)) &&
          cpu::aligned<N>(p.k_cache, sizeof(Cache)) && cpu::aligned<N>(p.v_cache, sizeof(Cache));
 }

@@ -8,7 +8,7 @@ _Paged = tuple[int, int, int, int]  # pointer; strides of page, slot and head in
 _Rows = tuple[int, int, int]  # pointer; strides of row and head in elements
 _Where = tuple[int, int]  # device and stream; (-1, 0) for the CPU
 _Shape = tuple[int, int, int, int, int]  # rows, heads, head_dim, head_dim_v, page_size
-_Rope = tuple[int, int, int, int, bool]  # cos, sin, table rows; rotary_dim; interleaved
+_Rope = tuple[int, int, int, int, int, bool]  # cos, sin, table rows; rotary_dim, start; interleaved
 _Scales = tuple[int, int]  # of K and of V, or 0
 
 class PlanData:

@@ -12,8 +12,8 @@ from fork_attn import _C, checks, ops
 from fork_attn.branch import Branch, make_branch
 from fork_attn.errors import ForeignBranch, StalePlan, Unsupported
 from fork_attn.kv_library import DTYPE_CODES
-from fork_attn.quantise import E4M3, check_scale
 from fork_attn.plan import Plan
+from fork_attn.quantise import E4M3, check_scale
 from fork_attn.render import render_cache
 from fork_attn.rope import Rope, turn_of, with_rotations
 from fork_attn.step import Draft, Step
@@ -51,8 +51,8 @@ class ForkedKVCache:
         head_dim_v: of V; None means `head_dim`.
         sliding_window: a row sees keys less than this many positions behind it; None means all.
         page_size: slots of a page.
-        dtype: of K and V: float32, bfloat16, float16, or float8_e4m3fn, which halves a bf16 cache: see
-            `set_scales`.
+        dtype: of K and V: float32, bfloat16, float16, or float8_e4m3fn, which halves a bf16 cache:
+            see `set_scales`.
         device: where K and V live; "meta" keeps the books and makes plans, but holds no KV.
         tail: what a writer does with a part-filled page that it shares and cannot go on in: "seal"
             takes a fresh page, "copy" copies it (copy-on-write), which keeps page tables dense.
@@ -260,8 +260,8 @@ class ForkedKVCache:
         return layer.k_cache, layer.v_cache
 
     def scales(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(k_scale, v_scale) of a layer, (num_kv_heads,) fp32 each, or None: they are not set, or the
-        cache is not e4m3.
+        """(k_scale, v_scale) of a layer, (num_kv_heads,) fp32 each, or None: they are not set, or
+        the cache is not e4m3.
 
         Raises:
             ValueError: no such layer.
@@ -272,8 +272,8 @@ class ForkedKVCache:
         return layer.k_scale, layer.v_scale
 
     def set_scales(self, layer_idx: int, k_scale: torch.Tensor, v_scale: torch.Tensor) -> None:
-        """Sets what the K and V of one layer of an e4m3 cache are divided by when they are stored and
-        multiplied with when they are read.
+        """Sets what the K and V of one layer of an e4m3 cache are divided by when they are stored
+        and multiplied with when they are read.
 
         A layer whose scales are not set when it is first written takes them from the tokens of that
         write, with room for values twice as large.

@@ -62,6 +62,7 @@ def check_rope(
     table_rows: Tensor | None,
     count: int,
     k_cache: Tensor,
+    start: int,
 ) -> None:
     device = k_cache.device
     if cos is None or sin is None or table_rows is None:
@@ -73,9 +74,12 @@ def check_rope(
             raise ValueError(f"{name}: expected device {device}, got {table.device}")
         if not table.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous table, got strides {table.stride()}")
-    if not 1 <= cos.shape[1] <= k_cache.shape[3] // 2:
+    head_dim = k_cache.shape[3]
+    checks.integer("rotary_start", start, low=0, high=head_dim - 2)
+    most = (head_dim - start) // 2
+    if not 1 <= cos.shape[1] <= most:
         raise ValueError(
-            f"cos: expected at most head_dim / 2 = {k_cache.shape[3] // 2} columns, "
+            f"cos: expected 1 to {most} columns, half of head_dim {head_dim} from {start} on, "
             f"got {cos.shape[1]}"
         )
     checks.tensor(rows_name, table_rows, shape=(count,), dtype=torch.int64, device=device)

@@ -1,5 +1,5 @@
-"""Torch ops that move K and V, for tensors of CPUs and GPUs: definitions, kernels, fakes. Nothing is
-checked here; `fork_attn.ops_cache` has the checked calls and says what each does."""
+"""Torch ops that move K and V, for tensors of CPUs and GPUs: definitions, kernels, fakes. Nothing
+is checked here; `fork_attn.ops_cache` has the checked calls and says what each does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _library = torch.library.Library("fork_attn", "FRAGMENT")
 _library.define(
     "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
     "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? cos=None, Tensor? sin=None, "
-    "Tensor? table_rows=None, bool interleaved=False) -> ()"
+    "Tensor? table_rows=None, bool interleaved=False, int rotary_start=0) -> ()"
 )
 _library.define(
     "gather_kv(Tensor k_cache, Tensor v_cache, Tensor slots, Tensor? k_scale=None, "
@@ -29,7 +29,7 @@ _library.define(
 )
 _library.define(
     "shift_rope(Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor src_slots, Tensor dst_slots, "
-    "Tensor cos, Tensor sin, Tensor table_rows, bool interleaved=False) -> ()"
+    "Tensor cos, Tensor sin, Tensor table_rows, bool interleaved=False, int rotary_start=0) -> ()"
 )
 _library.define("copy_pages(Tensor(a!)[] caches, Tensor src_pages, Tensor dst_pages) -> ()")
 _library.define("move_slots(Tensor(a!)[] caches, Tensor src_slots, Tensor dst_slots) -> ()")
@@ -54,16 +54,22 @@ def paged_argument(cache: Tensor) -> tuple[int, int, int, int]:
     return (cache.data_ptr(), page, slot, head)
 
 
-def _pointer(t: Tensor | None) -> int:
+def pointer(t: Tensor | None) -> int:
+    """Where a tensor's data lie, 0 for None."""
     return 0 if t is None else t.data_ptr()
 
 
 def _rope_argument(
-    cos: Tensor | None, sin: Tensor | None, table_rows: Tensor | None, interleaved: bool
-) -> tuple[int, int, int, int, bool]:
+    cos: Tensor | None,
+    sin: Tensor | None,
+    table_rows: Tensor | None,
+    interleaved: bool,
+    start: int,
+) -> tuple[int, int, int, int, int, bool]:
     if cos is None:
-        return (0, 0, 0, 0, False)
-    return (cos.data_ptr(), _pointer(sin), _pointer(table_rows), 2 * cos.shape[1], interleaved)
+        return (0, 0, 0, 0, 0, False)
+    rotary_dim = 2 * cos.shape[1]
+    return (cos.data_ptr(), pointer(sin), pointer(table_rows), rotary_dim, start, interleaved)
 
 
 def _store_kv(
@@ -78,6 +84,7 @@ def _store_kv(
     sin: Tensor | None = None,
     table_rows: Tensor | None = None,
     interleaved: bool = False,
+    rotary_start: int = 0,
 ) -> None:
     _C.store_kv(
         where(k_cache),
@@ -86,8 +93,8 @@ def _store_kv(
         paged_argument(k_cache),
         paged_argument(v_cache),
         slot_mapping.data_ptr(),
-        (_pointer(k_scale), _pointer(v_scale)),
-        _rope_argument(cos, sin, table_rows, interleaved),
+        (pointer(k_scale), pointer(v_scale)),
+        _rope_argument(cos, sin, table_rows, interleaved, rotary_start),
         (k.shape[0], k.shape[1], k.shape[2], v.shape[2], k_cache.shape[1]),
         (DTYPE_CODES[k_cache.dtype], DTYPE_CODES[k.dtype]),
     )
@@ -118,7 +125,7 @@ def _gather_kv(
         rows_argument(k),
         rows_argument(v),
         slots.data_ptr(),
-        (_pointer(k_scale), _pointer(v_scale)),
+        (pointer(k_scale), pointer(v_scale)),
         (k.shape[0], k.shape[1], k.shape[2], v.shape[2], k_cache.shape[1]),
         (DTYPE_CODES[k_cache.dtype], DTYPE_CODES[k.dtype]),
     )
@@ -145,6 +152,7 @@ def _shift_rope(
     sin: Tensor,
     table_rows: Tensor,
     interleaved: bool = False,
+    rotary_start: int = 0,
 ) -> None:
     _, page_size, num_heads, head_dim = k_cache.shape
     _C.shift_rope(
@@ -153,8 +161,14 @@ def _shift_rope(
         (0, 0, 0, 0) if v_cache is None else paged_argument(v_cache),
         src_slots.data_ptr(),
         dst_slots.data_ptr(),
-        _rope_argument(cos, sin, table_rows, interleaved),
-        (len(src_slots), num_heads, head_dim, 0 if v_cache is None else v_cache.shape[3], page_size),
+        _rope_argument(cos, sin, table_rows, interleaved, rotary_start),
+        (
+            len(src_slots),
+            num_heads,
+            head_dim,
+            0 if v_cache is None else v_cache.shape[3],
+            page_size,
+        ),
         DTYPE_CODES[k_cache.dtype],
     )
 

@@ -7,14 +7,14 @@ from typing import Literal
 
 import torch
 
-from fork_attn import _C, _env, checks
+from fork_attn import _C, _env, checks, ops_triton
 from fork_attn.errors import Unsupported
-from fork_attn.kv_library import DTYPE_CODES, paged_argument, rows_argument, where
+from fork_attn.kv_library import DTYPE_CODES, paged_argument, pointer, rows_argument, where
 from fork_attn.plan import Plan
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "flash_attn", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "cpu", "triton", "cuda", "flash_attn", "reference")
-AVAILABLE: tuple[str, ...] = ("cpu", "reference")
+AVAILABLE: tuple[str, ...] = ("cpu", "triton", "reference")
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -42,15 +42,15 @@ def resolve_backend(backend: str, device: torch.device) -> str:
                 f"FORK_ATTN_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}"
             )
     if backend == "auto":
-        backend = "cpu"
+        backend = "triton" if device.type == "cuda" else "cpu"
     if backend not in AVAILABLE:
         raise Unsupported(
             f"backend {backend!r} is not part of this version; it has {', '.join(AVAILABLE)}"
         )
     if backend == "cpu" and device.type not in ("cpu", "meta"):
-        raise Unsupported(
-            f"backend 'cpu' cannot attend on {device}; no GPU backend is part of this version"
-        )
+        raise Unsupported(f"backend 'cpu' cannot attend on {device}")
+    if backend == "triton":
+        ops_triton.require_triton(device)
     return backend
 
 
@@ -76,7 +76,9 @@ def _tree_attention_cpu(
         paged_argument(v_cache),
         rows_argument(out),
         lse.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in (sinks, k_scale, v_scale)),
+        pointer(sinks),
+        pointer(k_scale),
+        pointer(v_scale),
         _DTYPES[q.dtype],
         DTYPE_CODES[k_cache.dtype],
         num_q_heads,
@@ -169,14 +171,15 @@ def tree_attention(
     """Attention of every query row over the slots that the plan lets it see; shared slots are read
     once.
 
-    Scores are q . k * k_scale * softmax_scale, then the softcap, then the mask, then the softmax, accumulated
-    in fp32 and merged over work items by their log-sum-exps (FlashAttention-2, arXiv 2307.08691).
+    Scores are q . k * k_scale * softmax_scale, then the softcap, then the mask, then the softmax,
+    accumulated in fp32 and merged over work items by their log-sum-exps (FlashAttention-2, arXiv
+    2307.08691).
 
     Args:
-        q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16. Where the plan has
-            rotations, their copies stand behind (`fork_attn.rope.with_rotations`).
-        k_cache: (num_pages, page_size, num_kv_heads, head_dim), the dtype of `q` or float8_e4m3fn; any
-            strides, last dimension contiguous.
+        q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16. Where the plan
+            has rotations, their copies stand behind (`fork_attn.rope.with_rotations`).
+        k_cache: (num_pages, page_size, num_kv_heads, head_dim), the dtype of `q` or float8_e4m3fn;
+            any strides, last dimension contiguous.
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise.
         plan: of the open step, for this layer's sliding window and GQA group.
         softmax_scale: None means head_dim ** -0.5.
@@ -185,8 +188,9 @@ def tree_attention(
             sinks, gpt-oss).
         k_scale: (num_kv_heads,) fp32, what the K in an e4m3 cache is multiplied with; None means 1.
         v_scale: (num_kv_heads,) fp32, likewise for V.
-        backend: "auto", "cpu" or "reference" (float64, slow). `FORK_ATTN_BACKEND` sets what "auto"
-            means.
+        backend: "auto" ("triton" for CUDA tensors, else "cpu"), "cpu", "triton", or "reference"
+            (float64, slow). `FORK_ATTN_BACKEND` sets what "auto" means. With TRITON_INTERPRET=1
+            "triton" takes CPU tensors.
 
     Returns:
         (out, lse): (T, num_q_heads, head_dim_v) in the dtype of `q`, and (T, num_q_heads) fp32,
@@ -221,10 +225,10 @@ def tree_attention(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
             if k_cache.dtype != torch.float8_e4m3fn:
-                raise ValueError(f"{name}: expected None for a cache of {k_cache.dtype}, got a tensor")
-            checks.tensor(
-                name, scale, shape=(paged[2],), dtype=torch.float32, device=q.device
-            )
+                raise ValueError(
+                    f"{name}: expected None for a cache of {k_cache.dtype}, got a tensor"
+                )
+            checks.tensor(name, scale, shape=(paged[2],), dtype=torch.float32, device=q.device)
     if min(k_cache.shape[0], v_cache.shape[0]) < plan.page_limit:
         got = f"{k_cache.shape[0]} and {v_cache.shape[0]}"
         raise ValueError(
@@ -273,7 +277,14 @@ def run_tree_attention(
     *,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tree_attention` of arguments that are checked, on a backend that is resolved."""
+    """`tree_attention` of arguments that are checked, on a backend that is resolved.
+
+    Raises:
+        Unsupported: the backend cannot do this.
+    """
+    if backend == "triton":
+        ops_triton.check_supported(q, k_cache, v_cache)
+        return ops_triton.run(q, k_cache, v_cache, plan, scale, cap, sinks, k_scale, v_scale)
     num_tokens = plan.counts["num_tokens"]
     if backend == "reference":
         from fork_attn.reference import tree_attention_reference

@@ -1,8 +1,8 @@
 """Operations on paged K and V, checked: storing, gathering, copying, moving, turning to other
 positions. Tensors lie on the CPU or on one GPU.
 
-Slots are numbered page * page_size + offset. Slots, pages and rows of tables that lie on the CPU are
-checked by value; on a GPU that would wait for the device, so there they are the caller's word.
+Slots are numbered page * page_size + offset. Slots, pages and rows of tables that lie on the CPU
+are checked by value; on a GPU that would wait for the device, so there they are the caller's word.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def store_kv(
     sin: Tensor | None = None,
     position_ids: Tensor | None = None,
     interleaved: bool = False,
+    rotary_start: int = 0,
 ) -> None:
     """Writes rows of K and V to slots of their caches, in one launch; K rotated on the way where a
     table is given, both quantised where the caches are e4m3.
 
     Rotation is in fp32, one rounding per operation, and rounds once to the cache's dtype. Quantised
-    caches hold x / scale, computed as x * (1 / scale) in fp32, rounded to the nearest e4m3 value, ties
-    to even, saturated at 448; NaN stays NaN.
+    caches hold x / scale, computed as x * (1 / scale) in fp32, rounded to the nearest e4m3 value,
+    ties to even, saturated at 448; NaN stays NaN.
 
     Args:
         k: (T, num_kv_heads, head_dim), fp32, bf16 or fp16.
@@ -47,12 +48,13 @@ def store_kv(
         slot_mapping: (T,) int64; rows with a negative slot are left out (padding). None twice.
         k_scale: (num_kv_heads,) fp32, for e4m3 caches.
         v_scale: (num_kv_heads,) fp32, for e4m3 caches.
-        cos: (positions, rotary_dim / 2) fp32, contiguous: rotary embeddings of the first rotary_dim
-            elements of K (RoFormer, arXiv 2104.09864); scaled variants are in the table. None: `k` is
-            rotated already.
+        cos: (positions, rotary_dim / 2) fp32, contiguous: rotary embeddings of rotary_dim elements
+            of K (RoFormer, arXiv 2104.09864); scaled variants are in the table. None: `k`
+            is rotated already.
         sin: likewise.
         position_ids: (T,) int64, rows of the table.
         interleaved: pairs are (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
+        rotary_start: the first element of a head that rotates.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, stride, slot or position is off; nothing was
@@ -71,10 +73,10 @@ def store_kv(
     kv_checks.check_scales(k_scale, v_scale, heads, device, wanted=quantised)
     kv_checks.check_slots("slot_mapping", slot_mapping, rows, k_cache, padding=True, distinct=True)
     if cos is not None or sin is not None or position_ids is not None:
-        kv_checks.check_rope("position_ids", cos, sin, position_ids, rows, k_cache)
+        kv_checks.check_rope("position_ids", cos, sin, position_ids, rows, k_cache, rotary_start)
     torch.ops.fork_attn.store_kv(
         *(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale),
-        *(cos, sin, position_ids, interleaved),
+        *(cos, sin, position_ids, interleaved, rotary_start),
     )
 
 
@@ -129,13 +131,15 @@ def shift_rope(
     table_rows: Tensor,
     *,
     interleaved: bool = False,
+    rotary_start: int = 0,
 ) -> None:
     """Turns rotated K by a distance in position, from slots to other slots or in place.
 
-    Rotations add up, so K at position p turned by row d of the table is K at position p + d. The table
-    holds cosines and sines of d * frequency alone: what a scaled variant multiplies K with (YaRN's
-    attention factor) is in K already. A row for a negative distance has negative sines. Arithmetic is
-    that of `store_kv`. e4m3 K is turned as it is and keeps its scale; it saturates at 448.
+    Rotations add up, so K at position p turned by row d of the table is K at position p + d. The
+    table holds cosines and sines of d * frequency alone: what a scaled variant multiplies K with
+    (YaRN's attention factor) is in K already. A row for a negative distance has negative sines.
+    Arithmetic is that of `store_kv`. e4m3 K is turned as it is and keeps its scale; it saturates at
+    448.
 
     Args:
         k_cache: (num_pages, page_size, num_kv_heads, head_dim), any dtype of the cache.
@@ -146,14 +150,17 @@ def shift_rope(
         cos: (distances, rotary_dim / 2) fp32, contiguous.
         sin: likewise.
         table_rows: (N,) int64, which row of the table turns each slot.
-        interleaved: see `store_kv`.
+        interleaved, rotary_start: see `store_kv`.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device, stride, slot or row is off; nothing was written.
+        ValueError, TypeError: a shape, dtype, device, stride, slot or row is off; nothing was
+            written.
         Unsupported: the caches lie on a GPU and this build has no device code.
     """
     kv_checks.check_caches(k_cache, v_cache)
-    count = kv_checks.check_slots("src_slots", src_slots, "N", k_cache, padding=False, distinct=False)
+    count = kv_checks.check_slots(
+        "src_slots", src_slots, "N", k_cache, padding=False, distinct=False
+    )
     kv_checks.check_slots("dst_slots", dst_slots, count, k_cache, padding=False, distinct=True)
     if src_slots.device.type == "cpu":
         elsewhere = dst_slots[src_slots != dst_slots]
@@ -162,9 +169,9 @@ def shift_rope(
             raise ValueError(
                 f"dst_slots: expected none of the other source slots, got {int(overlap[0])}"
             )
-    kv_checks.check_rope("table_rows", cos, sin, table_rows, count, k_cache)
+    kv_checks.check_rope("table_rows", cos, sin, table_rows, count, k_cache, rotary_start)
     torch.ops.fork_attn.shift_rope(
-        k_cache, v_cache, src_slots, dst_slots, cos, sin, table_rows, interleaved
+        k_cache, v_cache, src_slots, dst_slots, cos, sin, table_rows, interleaved, rotary_start
     )
 
 
@@ -173,8 +180,8 @@ def copy_pages(caches: Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor) -
     and branches in one launch (per 256 caches on a GPU).
 
     Args:
-        caches: paged tensors (num_pages, page_size, num_kv_heads, dim) of one device, in each of which
-            a page's elements lie together.
+        caches: paged tensors (num_pages, page_size, num_kv_heads, dim) of one device, in each of
+            which a page's elements lie together.
         src_pages: (N,) int32.
         dst_pages: (N,) int32, distinct, none of them in `src_pages`.
 
@@ -204,8 +211,8 @@ def copy_pages(caches: Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor) -
 
 
 def move_slots(caches: Sequence[Tensor], src_slots: Tensor, dst_slots: Tensor) -> None:
-    """Moves slots within each of several caches; all are read before any is written, so that a path of
-    accepted draft tokens may move over itself.
+    """Moves slots within each of several caches; all are read before any is written, so that a path
+    of accepted draft tokens may move over itself.
 
     Args:
         caches: paged tensors (num_pages, page_size, num_kv_heads, dim) of one device and page size.

@@ -36,8 +36,8 @@ def attention(
         softmax_scale: None means head_dim ** -0.5.
         softcap: scores become softcap * tanh(score / softcap), before the mask.
         sinks: (num_q_heads,) logits that join each row's softmax without a value.
-        rows: (T,) int64, the output row of each query row, where several queries are one row's, each
-            for other keys; None: one query a row.
+        rows: (T,) int64, the output row of each query row, where several queries are one row's,
+            each for other keys; None: one query a row.
         dtype: what everything is computed in; float64 for the oracle, another one for what PyTorch
             reaches in that precision.
 

@@ -20,7 +20,7 @@ LayerKV = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Token:
-    """One token. Its identity is the same in every branch that sees it, wherever it stands there."""
+    """One token. Its identity is the same in every branch that sees it, wherever it is there."""
 
     identity: int
     position: int  # in the branch that holds it
@@ -220,7 +220,8 @@ class DeepCopyCache:
             (out, lse) of `attention`, (T, ...).
         """
         results = []
-        options = {"softmax_scale": softmax_scale, "softcap": softcap, "sinks": sinks}
+        options: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap}
+        options["sinks"] = sinks
         begin = 0
         for branch, new in rows.items():
             placed = self.place(branch, new)
@@ -290,7 +291,10 @@ class DeepCopyCache:
         held = {t.identity: t.position for t in self.tokens(branch)}
         for child in children:
             for t in self.tokens(child):
-                if t.identity not in watched and held.setdefault(t.identity, t.position) != t.position:
+                if (
+                    t.identity not in watched
+                    and held.setdefault(t.identity, t.position) != t.position
+                ):
                     return True
         return False
 
@@ -361,7 +365,9 @@ class DeepCopyCache:
 
     def reorder(self, branches: Sequence[int], indices: Sequence[int]) -> None:
         """branches[i] continues branches[indices[i]]."""
-        sources = [(list(self.branches[branches[i]].items), self.position(branches[i])) for i in indices]
+        sources = [
+            (list(self.branches[branches[i]].items), self.position(branches[i])) for i in indices
+        ]
         for branch, (items, position) in zip(branches, sources, strict=True):
             self.branches[branch].items = items
             self.branches[branch].position = position
@@ -397,8 +403,8 @@ class DeepCopyCache:
     def free(self, branches: Sequence[int]) -> None:
         """Forgets branches; descendants of a freed one stay descendants of its ancestors."""
         for branch in list(branches):
-            for other in self.branches:
-                for place in self.places(other):
+            for watcher in self.branches:
+                for place in self.places(watcher):
                     if place.watch.other == branch:
                         place.watch.seen = self.shown(place.watch)
                         place.watch.other = None

@@ -8,7 +8,6 @@ yarn) are plain frequencies here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,13 +87,17 @@ def turned(x: torch.Tensor, rope: Rope, turn: Turn) -> torch.Tensor:
     half = len(rope.inv_freq)
     a, b = (part[..., 0::2], part[..., 1::2]) if rope.interleaved else part.split(half, -1)
     new_a, new_b = a * cos - b * sin, b * cos + a * sin
-    new = torch.stack([new_a, new_b], -1).flatten(-2) if rope.interleaved else torch.cat(
-        [new_a, new_b], -1
+    new = (
+        torch.stack([new_a, new_b], -1).flatten(-2)
+        if rope.interleaved
+        else torch.cat([new_a, new_b], -1)
     )
     return torch.cat([x[..., : rope.start], new.to(x.dtype), x[..., rope.end :]], -1)
 
 
-def with_rotations(q: torch.Tensor, rotations: torch.Tensor, rope: Rope, turn: Turn) -> torch.Tensor:
+def with_rotations(
+    q: torch.Tensor, rotations: torch.Tensor, rope: Rope, turn: Turn
+) -> torch.Tensor:
     """The query tensor that a plan with rotations reads: `q`, and behind it the rotated copies.
 
     Args:
@@ -108,25 +111,3 @@ def with_rotations(q: torch.Tensor, rotations: torch.Tensor, rope: Rope, turn: T
     """
     rows = q.index_select(0, rotations[:, 0].to(q.device, torch.int64))
     return torch.cat([q, turned(rows, rope, turn)])
-
-
-def copy_shifted(
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: Sequence[tuple[int, int, int]],
-    rope: Rope,
-) -> None:
-    """Copies slots of a layer, their keys turned.
-
-    Args:
-        k_cache, v_cache: (num_pages, page_size, num_kv_heads, dim).
-        slots: source, destination, and by how many positions the key moves on; no destination is a
-            source.
-        rope: of the layer.
-    """
-    src, dst, shifts = torch.tensor(slots, dtype=torch.int64).T
-    size = k_cache.shape[1]
-    at = tuple(t.to(k_cache.device) for t in (src // size, src % size))
-    to = tuple(t.to(k_cache.device) for t in (dst // size, dst % size))
-    k_cache[to] = turned(k_cache[at], rope, turn_of(rope, shifts))
-    v_cache[to] = v_cache[at]

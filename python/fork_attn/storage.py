@@ -11,7 +11,7 @@ import torch
 from fork_attn import checks, kv_library  # noqa: F401 - defines the ops
 from fork_attn.plan import PlanShape
 from fork_attn.quantise import E4M3, calibrate
-from fork_attn.rope import Rope, copy_shifted
+from fork_attn.rope import Rope, turn_of
 
 T = TypeVar("T")
 PerLayer = Union[T, Sequence[T]]  # noqa: UP007 - a generic alias must exist at run time
@@ -149,12 +149,23 @@ class KVStorage:
         torch.ops.fork_attn.move_slots(self._caches(), *slots)
 
     def copy_shifted(self, slots: Sequence[tuple[int, int, int]]) -> None:
-        """Copies slots (from, to, positions to move on) in every layer, keys turned."""
+        """Copies slots (from, to, positions to move on) in every layer, keys turned; no destination
+        is a source."""
+        src, dst, shifts = torch.tensor(slots, dtype=torch.int64).t().contiguous()
+        distances, rows = shifts.unique(return_inverse=True)
+        src, dst, rows = (t.to(self.device) for t in (src, dst, rows))
+        tables: dict[Rope, Sequence[torch.Tensor]] = {}
         for layer in self.layers:
-            if layer.k_cache is None or layer.v_cache is None or self.device.type == "meta":
+            rope = layer.rope
+            if layer.k_cache is None or self.device.type == "meta":
                 continue
-            assert layer.rope is not None
-            copy_shifted(layer.k_cache, layer.v_cache, slots, layer.rope)
+            assert rope is not None
+            if rope not in tables:
+                tables[rope] = [t.float().to(self.device) for t in turn_of(rope, distances)]
+            torch.ops.fork_attn.shift_rope(
+                *(layer.k_cache, layer.v_cache, src, dst, *tables[rope], rows),
+                *(rope.interleaved, rope.start),
+            )
 
     def _allocate(self, layer: Layer) -> None:
         layer.k_cache, layer.v_cache = (

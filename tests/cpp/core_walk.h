@@ -157,7 +157,8 @@ class Walk {
     std::optional<ErrorKind> want;
     if (distinct.size() != all.size()) {
       want = ErrorKind::kDuplicateBranch;
-    } else if (w_.model.watched(parent) || all.empty() || distinct.count(parent) != 0 || w_.model.conflict(parent, all)) {
+    } else if (w_.model.watched(parent) || all.empty() || distinct.count(parent) != 0 ||
+               w_.model.conflict(parent, all)) {
       want = ErrorKind::kValue;
     } else {
       const int64_t position = w_.model.join_position(parent, all, mode, given, rebase);
@@ -165,9 +166,8 @@ class Walk {
       if (rebase != Rebase::kNo) w_.model.laid(parent, all, rebase, end);
       want = unless(position >= 0 && std::max(position, end) <= kMaxLength);
     }
-    const JoinRequest request{mode, given, rebase, [&](const std::vector<RotatedCopy>& copies) {
-                                w_.copy(copies);
-                              }};
+    const JoinRequest request{mode, given, rebase,
+                              [&](const std::vector<RotatedCopy>& copies) { w_.copy(copies); }};
     if (!want && rebase == Rebase::kCopy && !w_.fits(parent, all)) want = ErrorKind::kOutOfPages;
     w_.expect(
         "join", want, [&] { w_.core.join(parent, all, request); },
@@ -181,7 +181,8 @@ class Walk {
     Handle child = valid ? below[pick(static_cast<int64_t>(below.size()))] : any_branch();
     std::vector<Handle> freed;
     w_.expect(
-        "select", unless(w_.model.descends(child, h) && !w_.model.watched(h)), [&] { freed = w_.core.select(h, child); },
+        "select", unless(w_.model.descends(child, h) && !w_.model.watched(h)),
+        [&] { freed = w_.core.select(h, child); },
         [&] {
           std::sort(freed.begin(), freed.end());
           EXPECT(freed == below);

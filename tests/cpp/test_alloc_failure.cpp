@@ -116,8 +116,7 @@ void scripted(TailPolicy tail, std::map<std::string, int64_t>& failures) {
       [&] { w.model.join(kids[0], joined, JoinPosition::kSum, 0); });
   w.compare();
   w.expect(
-      "fork", none, [&] { at = w.core.fork(kids[0], 1)[0]; },
-      [&] { w.model.fork(kids[0], at); });
+      "fork", none, [&] { at = w.core.fork(kids[0], 1)[0]; }, [&] { w.model.fork(kids[0], at); });
   w.step({{at, 3}, {kids[0], 1}}, true, [] {});
   w.expect(
       "watch", none, [&] { w.core.watch(kids[3], at, 0, true); },
@@ -189,9 +188,8 @@ int main(int argc, char** argv) {
   scripted(TailPolicy::kSeal, failures);
   scripted(TailPolicy::kCopy, failures);
   wide_steps();
-  for (const char* verb :
-       {"new_branch", "fork", "fork_at", "excise", "reorder", "join", "join copied", "watch",
-        "select", "step"}) {
+  for (const char* verb : {"new_branch", "fork", "fork_at", "excise", "reorder", "join",
+                           "join copied", "watch", "select", "step"}) {
     if (failures[verb] == 0) die(__FILE__, __LINE__, std::string(verb) + ": no allocation failed");
   }
   random_walk(seed, operations, failures);

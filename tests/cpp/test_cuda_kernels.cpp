@@ -21,8 +21,7 @@ using namespace fork_attn::cpu;
 using Bytes = std::vector<unsigned char>;
 
 constexpr cuda::Stream kStream{0, nullptr};
-constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16,
-                            DType::kFloat8E4M3};
+constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat8E4M3};
 
 std::mt19937_64 rng;
 std::string scene;
@@ -114,14 +113,17 @@ struct Table {
     const int32_t half = static_cast<int32_t>(
         below(2) == 0 ? shape.head_dim / 2 : below(shape.head_dim / 2 + 1) / 8 * 8);
     if (half == 0 || (!always && below(3) == 0)) {
-      rope = {nullptr, nullptr, nullptr, 0, false};
+      rope = {nullptr, nullptr, nullptr, 0, 0, false};
       return;
     }
     cos = random_floats(30 * half, -1.0f, 1.0f);
     sin = random_floats(30 * half, -1.0f, 1.0f);
     for (int64_t t = 0; t < shape.rows; ++t) rows.push_back(below(30));
-    rope = {cos.data(), sin.data(), rows.data(), 2 * half, below(2) == 0};
-    scene += ", rotary " + std::to_string(2 * half) + (rope.interleaved ? " interleaved" : "");
+    const int32_t rest = shape.head_dim - 2 * half;
+    const int32_t start = static_cast<int32_t>(below(2) == 0 ? 0 : below(rest / 8 + 1) * 8);
+    rope = {cos.data(), sin.data(), rows.data(), 2 * half, start, below(2) == 0};
+    scene += ", rotary " + std::to_string(2 * half) + " from " + std::to_string(start) +
+             (rope.interleaved ? " interleaved" : "");
   }
 };
 
@@ -280,8 +282,8 @@ void test_move_slots() {
     const int32_t heads = 1 + static_cast<int32_t>(below(3));
     const int32_t row = width * (1 + static_cast<int32_t>(below(count > 20 ? 200 : 9)));
     caches.push_back(random_bytes(int64_t{num_pages} * page_size * heads * row));
-    spans.push_back({nullptr, int64_t{page_size} * heads * row, row, int64_t{page_size} * row,
-                     heads, row});
+    spans.push_back(
+        {nullptr, int64_t{page_size} * heads * row, row, int64_t{page_size} * row, heads, row});
   }
   others = caches;
   other_spans = spans;
@@ -327,6 +329,12 @@ void test_merge() {
   for (int64_t i = 0; i < count * dim; ++i)
     expect(std::abs(merged[i] - other[i]) <= 1e-6f, "merge_states differs");
   expect(merged_lse == other_lse, "merge_states: lse differs");
+  std::vector<BFloat16> narrow(out.size()), narrow_merged(count * dim);
+  for (std::size_t i = 0; i < out.size(); ++i) from_float(out[i], narrow[i]);
+  cuda::merge_states(narrow.data(), lse.data(), DType::kBFloat16, states, rows, heads, dim,
+                     narrow_merged.data(), other_lse.data(), kStream);
+  for (int64_t i = 0; i < count * dim; ++i)
+    expect(std::abs(merged[i] - to_float(narrow_merged[i])) <= 0.03f, "merge_states of bf16");
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-"""The cache's kernels on a real GPU: the same bits as on the CPU, which torch's arithmetic has checked."""
+"""The cache's kernels on a real GPU: the same bits as on the CPU, which torch's arithmetic has
+checked."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ def both(name: str, arguments: dict[str, Any], changed: list[str]) -> None:
     for key in changed:
         cpu, gpu = arguments[key], device[key]
         for x, y in zip(
-            cpu if isinstance(cpu, list) else [cpu], gpu if isinstance(gpu, list) else [gpu], strict=True
+            cpu if isinstance(cpu, list) else [cpu],
+            gpu if isinstance(gpu, list) else [gpu],
+            strict=True,
         ):
             assert_same(x, y)
 
@@ -89,6 +92,7 @@ def test_store_kv(
         cos, sin = table(500, rotary_dim // 2)
         arguments |= {"cos": cos, "sin": sin, "interleaved": interleaved}
         arguments |= {"position_ids": torch.randint(0, 500, (num_rows,))}
+        arguments |= {"rotary_start": 0 if rotary_dim == 128 else 16}
     both("store_kv", arguments, ["k_cache", "v_cache"])
 
 

@@ -29,8 +29,8 @@ def find_ropes(model: weakref.ref[PreTrainedModel], name: str, num_layers: int) 
     """The RoPE of every attention layer.
 
     Raises:
-        Unsupported: the model is gone, or some layer's queries or keys change with their position in
-            a way that no RoPE with the model's frequencies explains.
+        Unsupported: the model is gone, or some layer's queries or keys change with their position
+            in a way that no RoPE with the model's frequencies explains.
     """
     alive = model()
     if alive is None:
@@ -44,8 +44,8 @@ def find_ropes(model: weakref.ref[PreTrainedModel], name: str, num_layers: int) 
         rope = _explain(first[layer], second[layer], frequencies)
         if rope is None:
             raise Unsupported(
-                f"model: queries and keys of layer {layer} of {name} do not turn with their positions "
-                f"by any of its {len(frequencies)} tables of RoPE frequencies, as with learned or "
+                f"model: queries and keys of layer {layer} of {name} do not turn with their "
+                f"positions by any of its {len(frequencies)} tables of RoPE frequencies, as with learned or "
                 "absolute positions; they cannot be moved"
             )
         ropes.append(rope)
@@ -69,13 +69,13 @@ def _queries_and_keys(model: PreTrainedModel, position: int) -> dict[int, tuple[
     ids = torch.ones((1, 1), dtype=torch.int64, device=model.device)
     with torch.no_grad(), attention.recording() as records:
         model(input_ids=ids, position_ids=torch.full_like(ids, position), use_cache=False)
-    return {
-        layer: (q[:, :, 0].cpu(), k[:, :, 0].cpu()) for layer, (q, k) in records.items()
-    }
+    return {layer: (q[:, :, 0].cpu(), k[:, :, 0].cpu()) for layer, (q, k) in records.items()}
 
 
 def _explain(
-    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], frequencies: list[tuple[float, ...]]
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    frequencies: list[tuple[float, ...]],
 ) -> Rope | None:
     """The description that turns the first pair into the second with the least error."""
     dim = first[0].shape[-1]

@@ -1,5 +1,5 @@
-"""What nvcc makes of a .cu file: registers, stack and machine instructions of each kernel. Needs nvcc,
-and the disassembler that comes with Triton; no GPU."""
+"""What nvcc makes of a .cu file: registers, stack and machine instructions of each kernel. Needs
+nvcc, and the disassembler that comes with Triton; no GPU."""
 
 from __future__ import annotations
 
@@ -69,12 +69,14 @@ def compile_kernels(source: Path, include: Path, arch: str, workdir: Path) -> li
     _run("nvcc", *FLAGS, f"-I{include}", f"-arch={arch}", "-cubin", "-o", cubin, source)
     dump = str(_triton_tool("cuobjdump"))
     usage = _run(dump, "--dump-resource-usage", cubin)
-    code = {name: body for name, body in _functions(_run(dump, "-sass", cubin))}
+    code = dict(_functions(_run(dump, "-sass", cubin)))
     kernels = []
     pattern = r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)"
     for name, registers, stack, shared in re.findall(pattern, usage):
         opcodes = re.findall(
-            r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code[name], re.MULTILINE
+            r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)",
+            code[name],
+            re.MULTILINE,
         )
         kernels.append(
             KernelCode(_short(name), int(registers), int(stack), int(shared), tuple(opcodes))
@@ -89,7 +91,11 @@ def _functions(sass: str) -> list[tuple[str, str]]:
 
 def _short(mangled: str) -> str:
     """store_kernel<8, BFloat16, BFloat16> for its mangled name."""
-    full = _run("c++filt", mangled).strip().split("(fork_attn", 1)[0] if shutil.which("c++filt") else ""
+    full = (
+        _run("c++filt", mangled).strip().split("(fork_attn", 1)[0]
+        if shutil.which("c++filt")
+        else ""
+    )
     full = full or mangled
     full = re.sub(r"\((?:unsigned )?(?:int|long)\)", "", full)
     full = re.sub(r"^void ", "", full).replace("(anonymous namespace)::", "")
