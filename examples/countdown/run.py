@@ -135,7 +135,7 @@ def get_model(
 
         losses = train(
             model, lambda problem: MAKERS[name](problem, tokenizer.convert_tokens_to_ids), budget,
-            seed=args.seed, rare=tokenizer.convert_tokens_to_ids("hit"), on_step=on_step,
+            seed=args.seed, on_step=on_step,
         )  # fmt: skip
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -24,7 +24,6 @@ class Budget:
     tokens_per_step: int
     learning_rate: float = 3e-3
     warmup: float = 0.05
-    rare_weight: float = 10.0  # of the word that says a target is reached: one in twenty decisions
 
 
 def batches(
@@ -70,7 +69,6 @@ def train(
     budget: Budget,
     *,
     seed: int,
-    rare: int,
     on_step: Callable[[int, float, int], None],
 ) -> list[float]:
     """Trains in place.
@@ -79,7 +77,6 @@ def train(
         model: on its device.
         make: an example of a problem.
         budget: how long.
-        rare: the token whose loss counts `rare_weight` times.
         seed: of the problems; the same seed gives the same ones whatever `make` is.
         on_step: told of each step: its number, its loss, its tokens.
 
@@ -94,8 +91,6 @@ def train(
         lr=budget.learning_rate, betas=(0.9, 0.98),
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _scale(step, budget))
-    weight = torch.ones(model.config.vocab_size, device=device)
-    weight[rare] = budget.rare_weight
     losses = []
     model.train()
     source = batches(make, budget, seed)
@@ -108,7 +103,7 @@ def train(
             attention_mask=data["mask"], use_cache=False,
         ).last_hidden_state  # fmt: skip
         logits = model.lm_head(hidden.flatten(0, 1)[data["rows"]])
-        loss = torch.nn.functional.cross_entropy(logits, data["targets"], weight=weight)
+        loss = torch.nn.functional.cross_entropy(logits, data["targets"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
