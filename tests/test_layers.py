@@ -30,7 +30,7 @@ LAYERS = (
     ("",),  # fork_attn/__init__.py, the public names
     ("hf",),
     ("reason",),
-    ("demo", "plan_report", "plan_picture", "plan_command"),
+    ("demo", "plan_report", "plan_picture", "plan_command", "reason_command"),
     ("cli", "__main__"),
     ("testing",),  # for tests alone
 )
@@ -41,8 +41,8 @@ ORACLES = ("reference", "reference_cache")
 # Third parties that only these may import.
 RESTRICTED = {
     "triton": ("kernels", "testing"),
-    "transformers": ("hf", "reason", "demo"),
-    "rich": ("demo", "plan_command"),
+    "transformers": ("hf", "reason", "demo", "reason_command"),
+    "rich": ("reason", "demo", "plan_command", "reason_command"),
     "matplotlib": ("demo", "reason"),
 }
 

@@ -5,11 +5,16 @@ Plain data, without tensors, without a model and without a tokenizer. `docs/trac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fork_attn.reason.training import TrainingExample
 
 Status = Literal["done", "joined", "pruned", "limit", "cancelled", "malformed"]
 """How a thread ended: by itself, in a join, as a loser, at a limit, from outside, or in tags that
@@ -327,3 +332,46 @@ class Trace:
         from fork_attn.reason import trace_json
 
         return trace_json.loads(Path(path).read_text(encoding="utf-8"))
+
+    def show(self, console: Console | None = None) -> None:
+        """Prints the threads as a tree, with their text and how they ended, and the numbers.
+
+        Raises:
+            ModuleNotFoundError: rich is not installed.
+        """
+        from fork_attn.reason import trace_show
+
+        trace_show.show(self, console)
+
+    def plot(self, path: str | Path) -> None:
+        """Draws the threads over the model's steps; the suffix says how.
+
+        Args:
+            path: `.svg`, `.html` (self-contained, with every token under the pointer) or `.png`
+                (with matplotlib).
+
+        Raises:
+            ValueError: another suffix.
+            ModuleNotFoundError: a PNG without matplotlib.
+        """
+        from fork_attn.reason import trace_plot
+
+        trace_plot.plot(self, Path(path))
+
+    def timeline(self, path: str | Path) -> None:
+        """Writes a timeline for https://ui.perfetto.dev or chrome://tracing, as JSON."""
+        from fork_attn.reason import trace_timeline
+
+        Path(path).write_text(trace_timeline.timeline(self), encoding="utf-8")
+
+    def training_example(
+        self, trained: Callable[[ThreadRecord], bool] | None = None
+    ) -> TrainingExample:
+        """All threads as one flat sequence with its mask, positions and labels.
+
+        Args:
+            trained: which threads have a loss; None: all. What was injected never has one.
+        """
+        from fork_attn.reason import training
+
+        return training.from_trace(self, trained)
