@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, overload
 
 from fork_attn.reason.job import Finished, Job, StreamEvent
@@ -93,7 +93,7 @@ def stream(
     sampling: GenerationConfig | None = None,
     limits: Limits | None = None,
     seed: int = 0,
-) -> Iterator[StreamEvent]:
+) -> Generator[StreamEvent, None, None]:
     """`generate`, event by event as it happens.
 
     Closing the iterator, or an error in the loop over it, ends the generation and frees its pages.

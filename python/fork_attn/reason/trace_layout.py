@@ -100,10 +100,8 @@ def _begin(trace: Trace, thread: ThreadRecord, pieces: list[Piece]) -> int:
     return 0
 
 
-def _lanes(
-    trace: Trace, continued: dict[int | None, int], begin: list[int], end: list[int]
-) -> list[int]:
-    heir = {before: after for after, before in continued.items() if after is not None}
+def _lanes(trace: Trace, continued: dict[int, int], begin: list[int], end: list[int]) -> list[int]:
+    heir = {before: after for after, before in continued.items()}
 
     def last_step(thread: int) -> int:
         """The end of the lane that a record opens, with all that goes on in it."""
