@@ -147,7 +147,7 @@ class Job:
                     f"max_pages={most} holds, got {len(ids)}"
                 )
 
-    def events(self, *, tokens: bool) -> Iterator[StreamEvent]:
+    def events(self, *, tokens: bool) -> Generator[StreamEvent, None, None]:
         """Runs the job; token events only where `tokens`."""
         vocabulary = Vocabulary(self.tokenizer)
         queue: list[StreamEvent] = []
