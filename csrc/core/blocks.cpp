@@ -5,7 +5,11 @@
 namespace fork_attn {
 
 double BlockChooser::block_cost(int64_t tokens, int64_t slots, bool partial) const {
-  return costs_.item(tokens, slots) + (partial ? costs_.partials(tokens) : 0.0);
+  const double cost = costs_.item(tokens, slots);
+  if (!partial) return cost;
+  const int64_t more = chunk_slots_ == 0 ? 0 : slots / chunk_slots_;
+  return cost + costs_.partials(tokens) +
+         static_cast<double>(more) * (costs_.item(tokens, 0) + costs_.partials(tokens));
 }
 
 // One row's own tokens over everything before them; blocks of a long prefill see more and more of
@@ -89,6 +93,7 @@ BlockChooser::Best BlockChooser::best(int32_t index, const Above& above) {
   }
   const double pushed = packs_cost(groups_.children(group), below(group, above, false));
   if (found.cost < 0 || pushed < found.cost) found = {pushed, How::kPush};
+  if (!group.may_be_apart) return known = found;
   const double kept = kept_cost(group, above.slots + group.slots) +
                       packs_cost(groups_.children(group), below(group, above, true));
   if (kept < found.cost) found = {kept, How::kKeep};
@@ -215,9 +220,11 @@ double BlockChooser::improve(double cost) {
   for (bool better = true; better;) {
     better = false;
     for (const int32_t g : groups_.parents_first) {
-      if (groups_.children(groups_.groups[g]).empty()) continue;
+      const Group& group = groups_.groups[g];
+      if (groups_.children(group).empty() || !group.may_be_apart) continue;
       better |= try_flips(g, -1);
-      if (groups_.groups[g].parent >= 0) better |= try_flips(g, groups_.groups[g].parent);
+      if (group.parent >= 0 && groups_.groups[group.parent].may_be_apart)
+        better |= try_flips(g, group.parent);
     }
   }
   return evaluate();

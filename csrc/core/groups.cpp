@@ -5,7 +5,7 @@
 
 namespace fork_attn {
 
-void Groups::build(const CacheCore& core, int32_t window) {
+void Groups::clear(const CacheCore& core, int32_t window) {
   core_ = &core;
   window_ = window;
   nodes_.clear();
@@ -18,6 +18,11 @@ void Groups::build(const CacheCore& core, int32_t window) {
   ranges_.clear();
   pieces_.clear();
   group_of_set_.clear();
+  parents_first.clear();
+}
+
+void Groups::build(const CacheCore& core, int32_t window) {
+  clear(core, window);
   node_of_link_.assign(core.store().links.size(), -1);
   collect_nodes();
   order_rows();

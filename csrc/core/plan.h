@@ -12,10 +12,12 @@
 //   num_tokens + i, the copy that rotation i makes. A plan without rotations shares the section
 //   `tokens`
 // * rotations[num_rotations], PlanRotation: queries that see some slots at a shifted position
-// * positions[num_block_tokens], int32: position of that query, shift taken off, for sliding windows
+// * positions[num_block_tokens], int32: position of that query, shift taken off, for sliding
+// windows
 // * items[num_items], PlanItem: a row block and consecutive runs
 // * runs[num_runs], PlanRun: slots, and which of the block's tokens see them
-// * pages[num_pages], int32: physical pages; a run indexes into this list
+// * pages[num_pages], int32: physical pages, and slots of kSlotList runs; a run indexes into this
+//   list
 // * words[num_words], uint64: per-slot visibility words of kPerSlot runs
 // * spans[num_spans + 1], int32: first item of each span, and the end; spans are predicted to take
 //   the same time, and one worker takes one span for one KV head
@@ -25,6 +27,9 @@
 // A query row served by exactly one item is written directly by it (its CSR range is empty). A row
 // served by several items has one partial row in each; partial row r holds (num_q_heads,
 // head_dim_v) fp32 values and num_q_heads natural-log LSEs.
+//
+// A batch-invariant plan (tile_slots > 0) promises more, so that a row's result depends on its own
+// context alone: see docs/plan.md.
 #pragma once
 
 #include <cstdint>
@@ -67,7 +72,8 @@ struct PlanHeader {
   int32_t off_q_rows;
   int32_t num_rotations;
   int32_t off_rotations;
-  int32_t reserved[17];
+  int32_t tile_slots;  // of a batch-invariant plan: every run begins a tile of so many; else 0
+  int32_t reserved[16];
 };
 static_assert(sizeof(PlanHeader) == 192);
 
@@ -96,7 +102,9 @@ struct PlanItem {
 //   kDiagonal: j < diag + t;
 //   kWindow:   positions[t] - (first_position + j) < window;
 //   kPerSlot:  bit t of words[words_begin + j].
-enum PlanRunKind : int32_t { kFull = 0, kDiagonal = 1, kWindow = 2, kPerSlot = 4 };
+// kSlotList says where slots lie: slot j is slot pages[page_begin + first_slot + j] of the cache,
+// counted as page * page_size + offset, instead of one behind the other.
+enum PlanRunKind : int32_t { kFull = 0, kDiagonal = 1, kWindow = 2, kPerSlot = 4, kSlotList = 8 };
 
 struct PlanRun {
   uint64_t mask;
@@ -107,7 +115,7 @@ struct PlanRun {
   int32_t kind;  // PlanRunKind bits
   int32_t diag;
   int32_t words_begin;
-  int32_t reserved;
+  int32_t chunk;  // of a batch-invariant plan: which cut of the context; else 0
 };
 static_assert(sizeof(PlanRun) == 40);
 

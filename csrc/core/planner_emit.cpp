@@ -49,7 +49,7 @@ int32_t Planner::source_of_row(int32_t r) {
   return source;
 }
 
-// Now that it is known which pages runs name: where they are in the plan.
+// Now that it is known which pages runs name: where they are in the plan, slot lists behind them.
 void Planner::lay_out_pages() {
   int32_t next = 0;
   for (PageSource& source : sources_) {
@@ -57,6 +57,10 @@ void Planner::lay_out_pages() {
     next += std::max(0, source.end - source.first);
   }
   for (std::size_t i = 0; i < runs_.size(); ++i) {
+    if (source_of_run_[i] < 0) {
+      runs_[i].page_begin += next;
+      continue;
+    }
     const PageSource& source = sources_[source_of_run_[i]];
     runs_[i].page_begin += source.begin - source.first;
   }
@@ -116,6 +120,10 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
   }
   items_.back().run_end = static_cast<int32_t>(runs_.size());
   for (int32_t i = first_run; i < items_.back().run_end; ++i) count_run(runs_[i]);
+  add_block_tokens();
+}
+
+void Planner::add_block_tokens() {
   blocks_.push_back({static_cast<int32_t>(tokens_.size()), block_count_});
   for (int32_t t = 0; t < block_count_; ++t) {
     const Token& token = block_first_[t];
@@ -235,7 +243,7 @@ bool Planner::merge_run(const PlanRun& run, int32_t source) {
 void Planner::count_run(const PlanRun& run) {
   counts_.read_slots += run.num_slots;
   counts_.executed_pairs += int64_t{block_count_} * run.num_slots;
-  if (run.kind == kFull) {
+  if ((run.kind & ~kSlotList) == kFull) {
     counts_.visible_pairs += int64_t{std::popcount(run.mask)} * run.num_slots;
     return;
   }
@@ -257,12 +265,12 @@ void Planner::count_run(const PlanRun& run) {
   }
 }
 
-void Planner::count_unique() {
-  for (const Group& group : groups_.groups) {
+void Planner::count_unique(const Groups& groups) {
+  for (const Group& group : groups.groups) {
     counts_.unique_slots += group.slots;
     int64_t tokens = 0;
-    for (const RowRange& rows : groups_.rows(group))
-      tokens += groups_.token_begin[rows.end] - groups_.token_begin[rows.begin];
+    for (const RowRange& rows : groups.rows(group))
+      tokens += groups.token_begin[rows.end] - groups.token_begin[rows.begin];
     counts_.tile_unique_slots += (tokens + max_tokens_ - 1) / max_tokens_ * group.slots;
   }
 }

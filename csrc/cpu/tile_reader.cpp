@@ -20,6 +20,7 @@ TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, 
       element_size_(element_size(params.dtype)),
       head_k_(kv_head * params.k_cache.head_stride),
       head_v_(kv_head * params.v_cache.head_stride),
+      fixed_(plan_.header().tile_slots > 0),
       run_(item.run_begin),
       left_(num_slots(plan_, item)) {
   const PlanBlock& block = plan_.blocks()[item.block];
@@ -66,18 +67,30 @@ bool TileReader::next(Tile& tile) {
       ++run_;
       j_ = 0;
       enter_run();
+      if (fixed_ && tile.count > 0) break;
       continue;
     }
-    const int64_t page = plan_.pages()[page_index_];
+    if (tile.count == 0) tile.chunk = run.chunk;
+    const bool listed = (run.kind & kSlotList) != 0;
+    int64_t page;
+    int64_t offset = offset_;
+    if (listed) {
+      const int64_t slot = plan_.pages()[run.page_begin + run.first_slot + j_];
+      page = slot / page_size;
+      offset = slot % page_size;
+    } else {
+      page = plan_.pages()[page_index_];
+    }
     const char* k = static_cast<const char*>(k_.data) +
-                    (page * k_.page_stride + offset_ * k_.slot_stride + head_k_) * element_size_;
+                    (page * k_.page_stride + offset * k_.slot_stride + head_k_) * element_size_;
     const char* v = static_cast<const char*>(v_.data) +
-                    (page * v_.page_stride + offset_ * v_.slot_stride + head_v_) * element_size_;
-    const int64_t count = std::min<int64_t>(
-        {page_size - offset_, run.num_slots - j_, left_, kTileSlots - tile.count});
+                    (page * v_.page_stride + offset * v_.slot_stride + head_v_) * element_size_;
+    const int64_t count = listed ? 1
+                                 : std::min<int64_t>({page_size - offset, run.num_slots - j_, left_,
+                                                      kTileSlots - tile.count});
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t word = visibility(run, j_ + i);
-      if (word == 0) continue;
+      if (word == 0 && !fixed_) continue;
       tile.k[tile.count] = k + i * k_.slot_stride * element_size_;
       tile.v[tile.count] = v + i * v_.slot_stride * element_size_;
       tile.words[tile.count++] = word;

@@ -19,6 +19,7 @@ FULL = 0
 DIAGONAL = 1
 WINDOW = 2
 PER_SLOT = 4
+SLOT_LIST = 8
 
 
 class PlanHeader(NamedTuple):
@@ -55,6 +56,7 @@ class PlanHeader(NamedTuple):
     off_q_rows: int
     num_rotations: int
     off_rotations: int
+    tile_slots: int
 
 
 class PlanSections(NamedTuple):
@@ -68,7 +70,7 @@ class PlanSections(NamedTuple):
     items: torch.Tensor  # (num_items, 4) int32: block, run_begin, run_end, partial_begin
     runs: torch.Tensor  # (num_runs, 10) int32; columns from 2 on are the fields after the mask
     run_masks: torch.Tensor  # (num_runs,) int64
-    pages: torch.Tensor  # (num_pages,) int32
+    pages: torch.Tensor  # (num_pages,) int32: pages, and slots of SLOT_LIST runs
     words: torch.Tensor  # (num_words,) int64
     spans: torch.Tensor  # (num_spans + 1,) int32: first item of each span, and the end
     merge_indptr: torch.Tensor  # (num_tokens + 1,) int32
@@ -86,6 +88,7 @@ class Run(NamedTuple):
     kind: int
     diag: int
     words_begin: int
+    chunk: int
 
 
 def header(buffer: torch.Tensor) -> PlanHeader:
@@ -143,7 +146,15 @@ def sections(buffer: torch.Tensor) -> PlanSections:
 def run_at(plan: PlanSections, index: int) -> Run:
     """Run `index` of the plan."""
     mask = int(plan.run_masks[index]) & (2**64 - 1)
-    return Run(mask, *plan.runs[index, 2:9].tolist())
+    return Run(mask, *plan.runs[index, 2:].tolist())
+
+
+def run_slots(plan: PlanSections, run: Run, page_size: int) -> torch.Tensor:
+    """Where a run's slots lie: (num_slots,) int64, counted as `page * page_size + offset`."""
+    at = torch.arange(run.first_slot, run.first_slot + run.num_slots)
+    if run.kind & SLOT_LIST:
+        return plan.pages[run.page_begin + at].long()
+    return plan.pages[run.page_begin + at // page_size].long() * page_size + at % page_size
 
 
 def bits(words: torch.Tensor, count: int) -> torch.Tensor:
@@ -199,9 +210,7 @@ def expand_plan(buffer: torch.Tensor) -> torch.Tensor:
         positions = plan.positions[token_begin : token_begin + num_tokens]
         for index in range(run_begin, run_end):
             run = run_at(plan, index)
-            at = torch.arange(run.first_slot, run.first_slot + run.num_slots)
-            pages = plan.pages[run.page_begin + at // h.page_size].long()
-            slots = pages * h.page_size + at % h.page_size
+            slots = run_slots(plan, run, h.page_size)
             seen = run_visibility(plan, run, positions, h.window)
             where = (rows[:, None], slots[None, :])
             if bool((mask[where] & seen).any()):

@@ -198,6 +198,7 @@ def _serialise(lists: _Lists, merge_lists: list[list[int]], sizes: dict[str, int
         off_q_rows=offsets["off_tokens"],
         num_rotations=0,
         off_rotations=end,
+        tile_slots=0,
         **sizes,
         **offsets,
     )
