@@ -16,7 +16,16 @@ import fork_attn as fa
 from fork_attn import _C
 from fork_attn.branch import Branch
 from fork_attn.plan import Plan, PlanShape, build_plan
-from fork_attn.plan_format import PlanHeader, PlanSections, header, run_at, run_visibility, sections
+from fork_attn.plan_format import (
+    SLOT_LIST,
+    PlanHeader,
+    PlanSections,
+    header,
+    run_at,
+    run_slots,
+    run_visibility,
+    sections,
+)
 
 TARGETS = ("cpu", "sm_80", "sm_90", "sm_100")
 WINDOWS = (None, None, 1, 7, 300)
@@ -32,10 +41,13 @@ class Case:
     seen: torch.Tensor  # (T, slots of the pool) bool
     readers: Counter[int]  # per slot: new tokens of the branches whose context holds it
 
-    def plan(self, target: str, workers: int) -> Plan:
+    contexts: list[list[int]]  # per row: slots in the order of its context, window or not
+
+    def plan(self, target: str, workers: int, batch_invariant: bool = False) -> Plan:
         shape = self.cache._layer(0).plan_shape(self.cache.dtype)
         size = self.cache.page_size
-        return build_plan(self.cache._core, self.window, shape, size, target, workers)
+        core = self.cache._core
+        return build_plan(core, self.window, shape, size, target, workers, batch_invariant)
 
 
 class World:
@@ -102,11 +114,12 @@ class World:
         step: fa.Step,
         tokens: dict[Branch, int | fa.Draft],
         contexts: dict[Branch, tuple[list[int], list[int]]],
-    ) -> tuple[torch.Tensor, Counter[int]]:
+    ) -> tuple[torch.Tensor, Counter[int], list[list[int]]]:
         window = self.window or 2**40
         num_slots = self.cache.num_pages * self.cache.page_size
         seen = torch.zeros(step.num_tokens, num_slots, dtype=torch.bool)
         readers: Counter[int] = Counter()
+        ordered = []
         new_slots, new_positions = step.slot_mapping.tolist(), step.position_ids.tolist()
         begin = 0
         for branch, entry in tokens.items():
@@ -119,12 +132,15 @@ class World:
                 at = new_positions[row]
                 seen[row, old[at - old_at < window]] = True
                 token = row - begin
+                path = []
                 while token >= 0:
+                    path.append(new_slots[begin + token])
                     if at - new_positions[begin + token] < window:
                         seen[row, new_slots[begin + token]] = True
                     token = parents[token]
+                ordered.append(old_slots + path[::-1])
             begin = end
-        return seen, readers
+        return seen, readers, ordered
 
 
 def random_case(rng: random.Random) -> Case:
@@ -143,9 +159,7 @@ def expand(plan: Plan, num_slots: int) -> torch.Tensor:
         rows = s.tokens[begin : begin + count].long()
         for index in range(run_begin, run_end):
             run = run_at(s, index)
-            at = torch.arange(run.first_slot, run.first_slot + run.num_slots)
-            slots = s.pages[run.page_begin + at // h.page_size].long() * h.page_size
-            slots += at % h.page_size
+            slots = run_slots(s, run, h.page_size)
             positions = s.positions[begin : begin + count]
             times[rows[:, None], slots] += run_visibility(s, run, positions, h.window).int()
     return times
@@ -187,7 +201,8 @@ def check_structure(plan: Plan) -> None:
             run = run_at(s, index)
             assert run.mask and run.mask >> int(s.blocks[block, 1]) == 0
             assert run.num_slots >= 1 and 0 <= run.first_slot < h.page_size
-            last = run.page_begin + (run.first_slot + run.num_slots - 1) // h.page_size
+            per_page = 1 if run.kind & SLOT_LIST else h.page_size
+            last = run.page_begin + (run.first_slot + run.num_slots - 1) // per_page
             assert 0 <= run.page_begin <= last < h.num_pages
             assert int(s.pages[run.page_begin : last + 1].min()) >= 0
     check_merges(h, s)
@@ -211,6 +226,54 @@ def check_merges(h: PlanHeader, s: PlanSections) -> None:
     assert sorted(used) == list(range(h.num_partial_rows))
 
 
+def check_tiles(case: Case, plan: Plan, target: str) -> None:
+    """Tiles, chunks and their order are those of each row's own context."""
+    h, s = header(plan.buffer), sections(plan.buffer)
+    costs = _C.target_costs(target)
+    tile, chunk_tiles = costs["tile_slots"], costs["chunk_slots"] // costs["tile_slots"]
+    assert h.tile_slots == tile
+    found: list[list[tuple[int, list[int], list[bool]]]] = [[] for _ in range(h.num_tokens)]
+    chunks: list[list[list[int]]] = [[] for _ in range(h.num_tokens)]  # per row: of each item
+    for block, run_begin, run_end, _ in s.items.tolist():
+        begin, count = s.blocks[block].tolist()
+        rows = s.tokens[begin : begin + count].tolist()
+        in_item: list[list[int]] = [[] for _ in rows]
+        for index in range(run_begin, run_end):
+            run = run_at(s, index)
+            slots = run_slots(s, run, h.page_size).tolist()
+            seen = run_visibility(s, run, s.positions[begin : begin + count], h.window)
+            for at in range(0, run.num_slots, tile):
+                for t, row in enumerate(rows):
+                    lanes = seen[t, at : at + tile].tolist()
+                    if any(lanes):
+                        found[row].append((run.chunk, slots[at : at + tile], lanes))
+                        in_item[t].append(run.chunk)
+        for t, row in enumerate(rows):
+            if in_item[t]:
+                chunks[row].append(in_item[t])
+    for row, context in enumerate(case.contexts):
+        visible = set(case.seen[row].nonzero().flatten().tolist())
+        expected = []
+        for at in range(0, len(context), tile):
+            slots = context[at : at + tile]
+            lanes = [slot in visible for slot in slots]
+            if any(lanes):
+                expected.append((at // tile // chunk_tiles, slots, lanes))
+        assert len(found[row]) == len(expected)
+        for (chunk, slots, lanes), (at, own_slots, own_lanes) in zip(
+            found[row], expected, strict=True
+        ):
+            assert chunk == at
+            hidden = lanes[len(own_lanes) :]  # lanes behind the row's end: others' or none
+            assert lanes[: len(own_lanes)] == own_lanes and not any(hidden)
+            assert all(x == y for x, y, see in zip(slots, own_slots, own_lanes) if see)
+        for at, item in enumerate(chunks[row]):  # several only from the context's beginning on
+            assert at == 0 or len(set(item)) == 1
+        wholes = [sorted(set(item)) for item in chunks[row]]
+        order = [chunk for item in wholes for chunk in item]
+        assert order == sorted(set(order)), "a chunk is cut, or out of order"
+
+
 def check_spans(plan: Plan, s: PlanSections) -> None:
     spans = s.spans.tolist()
     assert spans == sorted(set(spans))
@@ -222,19 +285,24 @@ def check_spans(plan: Plan, s: PlanSections) -> None:
     assert plan.work_max_over_mean >= 1 - 1e-9
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=160, deadline=None)
 @given(
     rng=st.randoms(use_true_random=False),
     target=st.sampled_from(TARGETS),
     workers=st.sampled_from([1, 2, 16, 132]),
+    batch_invariant=st.booleans(),
 )
-def test_random_plans(rng: random.Random, target: str, workers: int) -> None:
+def test_random_plans(
+    rng: random.Random, target: str, workers: int, batch_invariant: bool
+) -> None:
     case = random_case(rng)
-    plan = case.plan(target, workers)
+    plan = case.plan(target, workers, batch_invariant)
     assert torch.equal(expand(plan, case.seen.shape[1]), case.seen.int())
     check_structure(plan)
     check_counts(case, plan)
-    again = case.plan(target, workers)
+    if batch_invariant:
+        check_tiles(case, plan, target)
+    again = case.plan(target, workers, batch_invariant)
     assert torch.equal(plan.buffer, again.buffer)
     assert (plan.counts, plan.span_ns) == (again.counts, again.span_ns)
     case.step.rollback()
