@@ -421,3 +421,36 @@ class TestBadInput:
         step.rollback()
         with pytest.raises(fa.StalePlan, match="expected an open step"):
             build_plan(cache._core, None, self.SHAPE, 16, "cpu", 1)
+
+
+@pytest.mark.parametrize("workers", [1, 300])
+def test_batch_invariant_parts_read_apart_are_whole_chunks(workers: int) -> None:
+    world = World(random.Random(5))
+    world.window = None
+    world.cache = fa.ForkedKVCache(
+        num_layers=1, num_pages=700, num_q_heads=8, num_kv_heads=2, head_dim=128, device="meta"
+    )
+    root = world.cache.new_branch()
+    world.cache.step({root: 1700}).commit()
+    leaves = root.fork(6)
+    world.cache.step(dict.fromkeys(leaves, 900)).commit()
+    core = world.cache._core
+    contexts = {b: (core.slots(b._handle), core.positions(b._handle)) for b in leaves}
+    tokens: dict[Branch, int | fa.Draft] = dict.fromkeys(leaves, 1)
+    with world.cache.step(tokens) as step:
+        case = Case(world.cache, step, None, *world.brute_force(step, tokens, contexts))
+        plan = case.plan("cpu", workers, batch_invariant=True)
+    assert max(len(set(blocks)) for blocks in blocks_of_rows(plan)) > 1, "expected a part apart"
+    assert torch.equal(expand(plan, case.seen.shape[1]), case.seen.int())
+    check_structure(plan)
+    check_tiles(case, plan, "cpu")
+
+
+def blocks_of_rows(plan: Plan) -> list[list[int]]:
+    s = sections(plan.buffer)
+    blocks: list[list[int]] = [[] for _ in range(plan.counts["num_tokens"])]
+    for block in s.items[:, 0].tolist():
+        begin, count = s.blocks[block].tolist()
+        for row in s.tokens[begin : begin + count].tolist():
+            blocks[row].append(block)
+    return blocks
