@@ -60,7 +60,8 @@ class BlockChooser {
   template <class F>
   double each_pack(std::span<const int32_t> children, const Above& above, F&& visit);
   double block_cost(int64_t tokens, int64_t slots, bool partial) const;
-  double kept_cost(const Group& group, int64_t slots) const;
+  double chunks_cost(int64_t tokens, int64_t slots) const;
+  double kept_cost(const Group& group, int64_t slots, bool from_start) const;
   bool partial(const Above& above, const Group& group) const {
     return above.kept > 0 || groups_.crossed[groups_.rows(group)[0].begin] != 0;
   }
