@@ -5,16 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_planner import TARGETS, World
 
 import fork_attn as fa
-from fork_attn import _C
-from fork_attn.plan import Plan, PlanShape, build_plan
-from fork_attn.plan_format import header, run_at, run_slots, run_visibility, sections
+from fork_attn.reference import attention
+from fork_attn.testing.tolerance import assert_close_to_oracle
 
 
 @dataclass
@@ -79,6 +76,19 @@ def random_tokens(cache: fa.ForkedKVCache, positions: list[int]) -> list[Token]:
         )
         for at in positions
     ]
+
+
+def check_against_oracle(crowd: Crowd, row: Row) -> None:
+    cache = crowd.cache
+    layer = cache._layer(0)
+    k, v = (torch.stack([getattr(t, name) for t in row.context]) for name in "kv")
+    at = torch.tensor([t.position for t in row.context])
+    seen = (at[-1] - at < (layer.window or 2**40))[None]
+    options = {"softmax_scale": layer.head_dim**-0.5, **crowd.options}
+    oracle, oracle_lse = attention(row.q[None], k, v, seen, dtype=torch.float64, **options)
+    same, same_lse = attention(row.q[None], k, v, seen, dtype=torch.float32, **options)
+    assert_close_to_oracle(row.out[None], oracle, same.to(cache.dtype))
+    assert_close_to_oracle(row.lse[None], oracle_lse, same_lse, name="lse")
 
 
 def run(
@@ -233,6 +243,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_crowd(seed: int) -> None:
             crowd.act()
         rows = crowd.step()
         for row in rng.sample(rows, min(6, len(rows))):
+            check_against_oracle(crowd, row)
             torch.set_num_threads(rng.choice([1, 2, 5]))
             for new in {1, rng.randint(1, len(row.context))}:
                 out, lse = alone(crowd, row, new)
