@@ -100,8 +100,12 @@ BlockChooser::Best BlockChooser::best(int32_t index, const Above& above) {
   const double pushed = packs_cost(groups_.children(group), below(group, above, false));
   if (found.cost < 0 || pushed < found.cost) found = {pushed, How::kPush};
   if (!group.may_be_apart) return known = found;
-  const double kept = kept_cost(group, above.slots + group.slots, above.kept == 0) +
-                      packs_cost(groups_.children(group), below(group, above, true));
+  double kept = kept_cost(group, above.slots + group.slots, above.kept == 0);
+  // What is below takes one item at least, reads each slot and writes each row's partial.
+  const double least =
+      costs_.item(1, group.subtree_slots - group.slots) + costs_.partials(tokens(group));
+  if (kept + least >= found.cost) return known = found;
+  kept += packs_cost(groups_.children(group), below(group, above, true));
   if (kept < found.cost) found = {kept, How::kKeep};
   return known = found;
 }

@@ -130,28 +130,29 @@ void Groups::add_piece(int32_t group, const Node& node, int32_t lo, int32_t hi) 
 
 void Groups::collect_pieces() {
   const ContextStore& store = core_->store();
-  std::vector<int32_t> by_segment;
+  // The nodes of each segment, linked; segments in order, so that a step has one plan.
+  last_of_segment_.assign(store.segments.size(), -1);
+  before_in_segment_.assign(nodes_.size(), -1);
   for (std::size_t n = 0; n < nodes_.size(); ++n) {
-    if (nodes_[n].link != kNone) by_segment.push_back(static_cast<int32_t>(n));
+    if (nodes_[n].link == kNone) continue;
+    int32_t& last = last_of_segment_[store.links[nodes_[n].link].segment];
+    before_in_segment_[n] = last;
+    last = static_cast<int32_t>(n);
   }
-  const auto segment_of = [&](int32_t n) { return store.links[nodes_[n].link].segment; };
-  std::sort(by_segment.begin(), by_segment.end(), [&](int32_t a, int32_t b) {
-    return segment_of(a) != segment_of(b) ? segment_of(a) < segment_of(b)
-                                          : nodes_[a].rank < nodes_[b].rank;
-  });
-  for (std::size_t first = 0; first < by_segment.size();) {
-    std::size_t last = first + 1;
-    while (last < by_segment.size() &&
-           segment_of(by_segment[last]) == segment_of(by_segment[first]))
-      ++last;
-    const Node& node = nodes_[by_segment[first]];
-    if (last == first + 1) {
+  std::vector<int32_t> nodes;
+  for (const int32_t last : last_of_segment_) {
+    if (last < 0) continue;
+    if (before_in_segment_[last] < 0) {
+      const Node& node = nodes_[last];
       const Link& l = store.links[node.link];
       add_piece(group_of(RowRange{node.begin, node.end}), node, l.lo, l.hi);
-    } else {
-      sweep(by_segment.data() + first, by_segment.data() + last);
+      continue;
     }
-    first = last;
+    nodes.clear();
+    for (int32_t n = last; n >= 0; n = before_in_segment_[n]) nodes.push_back(n);
+    std::sort(nodes.begin(), nodes.end(),
+              [&](int32_t a, int32_t b) { return nodes_[a].rank < nodes_[b].rank; });
+    sweep(nodes.data(), nodes.data() + nodes.size());
   }
 }
 
@@ -231,14 +232,15 @@ void Groups::build_tree() {
   crossed.assign(order.size(), 0);
   std::vector<int32_t> nested;
   for (std::size_t g = 0; g < groups.size(); ++g) {
-    (rows(groups[g]).size() == 1 ? nested : outside).push_back(static_cast<int32_t>(g));
+    if (rows(groups[g]).size() > 1) outside.push_back(static_cast<int32_t>(g));
   }
   const auto range = [&](int32_t g) { return ranges_[groups[g].rows_begin]; };
-  std::sort(nested.begin(), nested.end(), [&](int32_t a, int32_t b) {
-    const RowRange x = range(a);
-    const RowRange y = range(b);
-    return x.begin != y.begin ? x.begin < y.begin : x.end > y.end;
-  });
+  for (const int32_t last : last_of_begin_) {
+    const auto first = static_cast<std::ptrdiff_t>(nested.size());
+    for (int32_t g = last; g >= 0; g = groups[g].next_same_begin) nested.push_back(g);
+    std::sort(nested.begin() + first, nested.end(),
+              [&](int32_t a, int32_t b) { return range(a).end > range(b).end; });
+  }
   std::vector<int32_t> path;
   std::size_t kept = 0;
   for (const int32_t g : nested) {

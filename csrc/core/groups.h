@@ -108,6 +108,8 @@ class Groups {
   std::vector<int32_t> children_;
   // Of the groups of one range, by the row they begin with: the last made.
   std::vector<int32_t> last_of_begin_;
+  std::vector<int32_t> last_of_segment_;    // its last node
+  std::vector<int32_t> before_in_segment_;  // per node: the one before it in its segment
   std::map<std::vector<RowRange>, int32_t> group_of_set_;
 };
 

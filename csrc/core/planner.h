@@ -154,6 +154,8 @@ class Planner {
   std::vector<int32_t> positions_;
   std::vector<PlanItem> items_;
   std::vector<PlanRun> runs_;
+  std::vector<PlanItem> uncut_items_;
+  std::vector<PlanRun> uncut_runs_;
   std::vector<uint64_t> words_;
   std::vector<int32_t> spans_;
   std::vector<double> span_ns_;

@@ -16,6 +16,12 @@ struct RunCursor {
 
   void take(int64_t slots, std::vector<PlanRun>& out) {
     while (slots > 0) {
+      if (into == 0 && slots >= run->num_slots) {
+        out.push_back(*run);
+        slots -= run->num_slots;
+        ++run;
+        continue;
+      }
       PlanRun part = *run;
       const int64_t n = std::min<int64_t>(slots, part.num_slots - into);
       const int64_t slot = part.first_slot + into;
@@ -184,10 +190,12 @@ void Planner::cut_into_spans(const CostModel& costs) {
   const double total = weigh_items(costs);
   const double budget = span_budget(total, num_spans_for(total));
 
-  std::vector<PlanItem> items;
-  std::vector<PlanRun> runs;
+  std::vector<PlanItem>& items = uncut_items_;
+  std::vector<PlanRun>& runs = uncut_runs_;
   items.swap(items_);
   runs.swap(runs_);
+  items_.clear();
+  runs_.clear();
   spans_.assign(1, 0);
   span_ns_.clear();
   double used = 0;
@@ -297,6 +305,12 @@ void Planner::serialise(PlanData& out) const {
   pages.reserve(h.num_pages);
   for (const PageSource& source : sources_) append_pages(source, pages);
   pages.insert(pages.end(), slot_lists_.begin(), slot_lists_.end());
+  const std::size_t bytes = blocks_.size() * sizeof(PlanBlock) + items_.size() * sizeof(PlanItem) +
+                            runs_.size() * sizeof(PlanRun) + words_.size() * sizeof(uint64_t) +
+                            (tokens_.size() + positions_.size() + pages.size() + spans_.size() +
+                             merge_indptr_.size() + merge_rows_.size()) *
+                                sizeof(int32_t);
+  out.buffer.reserve((sizeof(PlanHeader) + bytes) / 8 + 16);  // 16: sections end on whole words
   out.buffer.assign(sizeof(PlanHeader) / 8, 0);
   Writer writer(out.buffer);
   h.off_blocks = writer.section(blocks_);
