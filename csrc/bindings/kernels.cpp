@@ -90,6 +90,12 @@ void bind_kernels(py::module_& m) {
         py::arg("k_cache"), py::arg("v_cache"), py::arg("out"), py::arg("lse_ptr"),
         py::arg("sinks_ptr"), py::arg("dtype"), py::arg("num_q_heads"), py::arg("num_kv_heads"),
         py::arg("head_dim"), py::arg("head_dim_v"), py::arg("softmax_scale"), py::arg("softcap"));
+  m.def(
+      "advise_huge_pages",
+      [](std::uintptr_t data, int64_t bytes) {
+        cpu::advise_huge_pages(pointer<void>(data), bytes);
+      },
+      py::arg("data_ptr"), py::arg("num_bytes"));
   m.def("store_kv_cpu", &store_kv_cpu, py::arg("src"), py::arg("dst"), py::arg("slot_mapping_ptr"),
         py::arg("rows"), py::arg("num_heads"), py::arg("dim"), py::arg("page_size"),
         py::arg("element_size"));

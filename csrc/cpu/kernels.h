@@ -59,6 +59,11 @@ void copy_pages(const PagedTensor& cache, const int32_t* src, const int32_t* dst
 void move_slots(const PagedTensor& cache, const int64_t* src, const int64_t* dst, int64_t count,
                 int32_t page_size, int32_t num_heads, int32_t dim, int32_t element_size);
 
+// Asks for huge memory pages where the operating system gives them on request: KV pages lie
+// anywhere, and each read of 4 kB would wait for a look-up of its address. To be called before the
+// first write.
+void advise_huge_pages(void* data, int64_t bytes);
+
 // Softmax states: out (num_states, rows, num_heads, dim) and lse (num_states, rows, num_heads),
 // both fp32 contiguous, merged in index order into merged_out (rows, num_heads, dim) and merged_lse
 // (rows, num_heads). All states empty: out = 0, lse = -inf.

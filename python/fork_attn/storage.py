@@ -127,6 +127,9 @@ class KVStorage:
             ).transpose(1, 2)
             for dim in (layer.head_dim, layer.head_dim_v)
         )
+        if self.device.type == "cpu":
+            for cache in layer.caches():
+                _C.advise_huge_pages(cache.data_ptr(), cache.numel() * cache.element_size())
 
     def _caches(self) -> list[torch.Tensor]:
         if self.device.type == "meta":
