@@ -8,13 +8,22 @@ from dataclasses import dataclass
 import torch
 
 from fork_attn import _C
-from fork_attn.plan_format import DIAGONAL, PER_SLOT, WINDOW, expand_plan, header
-from fork_attn.reference import attention
+from fork_attn.plan_format import (
+    DIAGONAL,
+    GATHER,
+    PER_SLOT,
+    WINDOW,
+    expand_plan,
+    expand_queries,
+    header,
+    output_rows,
+)
+from fork_attn.reference import attention, dequantised
 from fork_attn.testing.planbuf import ALL_TOKENS, BlockSpec, RunSpec, build_plan
 from fork_attn.testing.tolerance import assert_close_to_oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+DTYPE_CODES = {dtype: code for code, dtype in enumerate([*DTYPES, torch.float8_e4m3fn])}
 NAN = float("nan")
 
 
@@ -38,11 +47,14 @@ class Case:
     scale: float = 0.125
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         s = self.shape
-        out = torch.full((*self.q.shape[:2], s.head_dim_v), NAN, dtype=s.dtype)
-        lse = torch.full(self.q.shape[:2], NAN)
+        shape = (header(self.plan).num_tokens, self.q.shape[1])
+        out = torch.full((*shape, s.head_dim_v), NAN, dtype=s.dtype)
+        lse = torch.full(shape, NAN)
         _C.tree_attention_cpu(
             self.plan.data_ptr(),
             rows_arg(self.q),
@@ -50,8 +62,9 @@ class Case:
             paged_arg(self.v),
             rows_arg(out),
             lse.data_ptr(),
-            0 if self.sinks is None else self.sinks.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in (self.sinks, self.k_scale, self.v_scale)),
             DTYPE_CODES[s.dtype],
+            DTYPE_CODES[self.k.dtype],
             self.q.shape[1],
             s.num_kv_heads,
             s.head_dim,
@@ -62,10 +75,13 @@ class Case:
         return out, lse
 
     def dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = expand_plan(self.plan)
-        k, v = (cache.flatten(0, 1)[: mask.shape[1]] for cache in (self.k, self.v))
+        mask, rows = expand_queries(self.plan), output_rows(self.plan)
+        k, v = (
+            dequantised(cache.flatten(0, 1)[: mask.shape[1]], scale)
+            for cache, scale in ((self.k, self.k_scale), (self.v, self.v_scale))
+        )
         options = {"softmax_scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
-        return attention(self.q, k, v, mask, dtype=dtype, **options)
+        return attention(self.q, k, v, mask, rows=rows, dtype=dtype, **options)
 
     def check(self) -> None:
         out, lse = self.run()
@@ -96,7 +112,8 @@ def make_case(shape: Shape, plan: torch.Tensor, *, heads_inside: bool = True) ->
     """Random data for a plan; slots that no row sees and pages that it does not name hold NaN."""
     h = header(plan)
     num_heads = shape.num_kv_heads * shape.group
-    q = torch.randn(h.num_tokens, num_heads, shape.head_dim).to(shape.dtype)
+    num_queries = h.num_tokens + h.num_rotations
+    q = torch.randn(num_queries, num_heads, shape.head_dim).to(shape.dtype)
     k = paged_tensor(h.page_limit + 1, shape, shape.head_dim, heads_inside=heads_inside)
     v = paged_tensor(h.page_limit + 1, shape, shape.head_dim_v, heads_inside=heads_inside)
     hidden = torch.ones((h.page_limit + 1) * shape.page_size, dtype=torch.bool)
@@ -115,6 +132,12 @@ class RandomPlan:
         self.rng, self.shape, self.num_tokens, self.max_slots = rng, shape, num_tokens, max_slots
         self.window = rng.choice([0, 1, 7, 40])
         self.next_page = rng.randrange(3)
+        self.rotations: list[tuple[int, int]] = []
+        if rng.random() < 0.4:
+            count = rng.randint(1, num_tokens + 3)
+            self.rotations = [
+                (rng.randrange(num_tokens), rng.choice([-9, 5])) for _ in range(count)
+            ]
 
     def build(self) -> torch.Tensor:
         blocks = [self.block() for _ in range(self.rng.randint(1, 4))]
@@ -125,17 +148,20 @@ class RandomPlan:
             page_size=self.shape.page_size,
             window=self.window,
             partials=self.rng.random() < 0.2,
+            rotations=self.rotations,
         )
 
     def block(self) -> BlockSpec:
-        count = self.rng.randint(1, min(64, self.num_tokens))
-        rows = self.rng.sample(range(self.num_tokens), count)
+        outputs = [*range(self.num_tokens), *(row for row, _ in self.rotations)]
+        count = self.rng.randint(1, min(64, len(outputs)))
+        q_rows = self.rng.sample(range(len(outputs)), count)
+        rows = [outputs[q] for q in q_rows]
         positions = [self.rng.randrange(60) for _ in rows]
         items = [
             [self.run(count) for _ in range(self.rng.randint(0, 4))]
             for _ in range(self.rng.randint(1, 2))
         ]
-        return BlockSpec(rows, positions, items)
+        return BlockSpec(rows, positions, items, q_rows if self.rotations else None)
 
     def run(self, num_tokens: int) -> RunSpec:
         rng, page_size = self.rng, self.shape.page_size
@@ -145,8 +171,11 @@ class RandomPlan:
         pages = list(range(self.next_page, self.next_page + num_pages))
         self.next_page += num_pages
         rng.shuffle(pages)
-        kinds = [0, 0, 0, DIAGONAL, WINDOW, PER_SLOT, DIAGONAL | WINDOW, PER_SLOT | WINDOW]
-        kind = rng.choice(kinds) if self.window else rng.choice([0, 0, DIAGONAL, PER_SLOT])
+        kinds = [0, 0, DIAGONAL, WINDOW, PER_SLOT, DIAGONAL | WINDOW, PER_SLOT | WINDOW, GATHER]
+        kind = rng.choice(kinds) if self.window else rng.choice([0, 0, DIAGONAL, PER_SLOT, GATHER])
+        if kind == GATHER:  # slots of these pages, in any order
+            slots = [page * page_size + at for page in pages for at in range(page_size)]
+            pages, first_slot = rng.sample(slots, num_slots), 0
         words = [rng.choice([0, ALL_TOKENS, rng.getrandbits(64)]) for _ in range(num_slots)]
         return RunSpec(
             pages,
@@ -156,7 +185,7 @@ class RandomPlan:
             mask=rng.choice([0, ALL_TOKENS, ALL_TOKENS, ALL_TOKENS, rng.getrandbits(64)]),
             kind=kind,
             diag=rng.randint(-num_tokens - 2, num_slots + 2),
-            words=words if kind & PER_SLOT else (),
+            words=words if kind & (PER_SLOT | GATHER) else (),
         )
 
 

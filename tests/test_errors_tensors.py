@@ -180,7 +180,11 @@ GOOD: dict[str, Any] = {
         ({"head_dim_v": -1}, ValueError, "head_dim_v: expected 1 to"),
         ({"sliding_window": 0}, ValueError, "sliding_window: expected 1 to"),
         ({"sliding_window": [1, 2, 3]}, ValueError, "sliding_window: expected one value or 2"),
-        ({"dtype": torch.int8}, TypeError, "dtype: expected float32, bfloat16 or float16"),
+        (
+            {"dtype": torch.int8},
+            TypeError,
+            "dtype: expected float32, bfloat16, float16 or float8_e4m3fn",
+        ),
         ({"tail": "cow"}, ValueError, "tail: expected 'seal' or 'copy', got 'cow'"),
         ({"backend": "metal"}, ValueError, "backend: expected one of"),
         ({"backend": "flash_attn"}, Unsupported, "backend 'flash_attn'"),

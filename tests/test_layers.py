@@ -19,9 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "_env", "_C"),
     ("checks",),
-    ("plan", "plan_format"),
+    ("kv_library",),
+    ("kv_checks", "quantise"),
+    ("plan", "plan_format", "rope"),
     ("storage",),
     ("kernels",),
+    ("ops_cache", "ops_triton"),
     ("ops", "reference", "reference_cache"),
     ("render", "branch", "step", "cache"),
     ("",),  # fork_attn/__init__.py, the public names
@@ -37,7 +40,7 @@ ORACLES = ("reference", "reference_cache")
 
 # Third parties that only these may import.
 RESTRICTED = {
-    "triton": ("kernels",),
+    "triton": ("kernels", "testing"),
     "transformers": ("hf", "reason", "demo"),
     "rich": ("demo", "plan_command"),
     "matplotlib": ("demo", "reason"),

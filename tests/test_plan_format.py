@@ -7,7 +7,17 @@ import random
 import pytest
 import torch
 
-from fork_attn.plan_format import DIAGONAL, PER_SLOT, WINDOW, expand_plan, header, sections
+from fork_attn.plan_format import (
+    DIAGONAL,
+    GATHER,
+    PER_SLOT,
+    WINDOW,
+    expand_plan,
+    expand_queries,
+    header,
+    output_rows,
+    sections,
+)
 from fork_attn.testing.planbuf import ALL_TOKENS, BlockSpec, RunSpec, build_plan
 
 
@@ -40,6 +50,25 @@ def test_expand_plan_follows_the_rule(kind: int) -> None:
     assert torch.equal(expand_plan(plan), expected)
 
 
+def test_a_gather_run_lists_its_slots() -> None:
+    words = [0b01, 0b11, 0b10, 0]
+    run = RunSpec([7, 2, 30, 12], 4, kind=GATHER, words=words)
+    plan = build_plan([BlockSpec([1, 0], [0, 0], [[run]])], num_tokens=2, group=1, page_size=4)
+    assert header(plan).page_limit == 8 and sections(plan).gather.tolist() == [7, 2, 30, 12]
+    mask = expand_plan(plan)
+    assert mask[1].nonzero().flatten().tolist() == [2, 7]
+    assert mask[0].nonzero().flatten().tolist() == [2, 30]
+
+
+def test_rows_of_no_block_get_an_item_of_their_own() -> None:
+    plan = build_plan(
+        [BlockSpec([1], [0], [[RunSpec([0], 2)]])], num_tokens=3, group=1, page_size=4
+    )
+    s = sections(plan)
+    assert s.items.tolist() == [[0, 0, 1, -1], [1, 1, 1, -1]]
+    assert s.tokens.tolist() == [1, 0, 2]
+
+
 def test_sections() -> None:
     runs = [RunSpec([4, 1], 5, 2, mask=0b10), RunSpec([3], 1, kind=PER_SLOT, words=[ALL_TOKENS])]
     blocks = [BlockSpec([2, 0], [5, 6], [runs, []]), BlockSpec([1], [7], [[]])]
@@ -53,6 +82,33 @@ def test_sections() -> None:
     assert s.run_masks.tolist() == [0b10, 0b11]
     assert (s.pages.tolist(), s.words.tolist()) == ([4, 1, 3], [-1])
     assert (s.merge_indptr.tolist(), s.merge_rows.tolist()) == ([0, 2, 2, 4], [1, 3, 0, 2])
+
+
+def test_a_row_may_read_several_queries() -> None:
+    runs = [RunSpec([0], 3, mask=0b001), RunSpec([2], 4, mask=0b110), RunSpec([1], 2, mask=0b100)]
+    blocks = [BlockSpec([1, 1, 0], [9, 4, 5], [runs], q_rows=[1, 3, 2])]
+    plan = build_plan(blocks, num_tokens=2, group=1, page_size=4, rotations=[(0, -3), (1, 5)])
+    h, s = header(plan), sections(plan)
+    assert (h.num_rotations, s.rotations.tolist()) == (2, [[0, -3], [1, 5]])
+    assert (s.tokens.tolist(), s.q_rows.tolist()) == ([1, 1, 0], [1, 3, 2])
+    assert output_rows(plan).tolist() == [0, 1, 0, 1]
+    by_query = [row.nonzero().flatten().tolist() for row in expand_queries(plan)]
+    assert by_query == [[], [0, 1, 2], [4, 5, 8, 9, 10, 11], [8, 9, 10, 11]]
+    by_row = [row.nonzero().flatten().tolist() for row in expand_plan(plan)]
+    assert by_row == [[4, 5, 8, 9, 10, 11], [0, 1, 2, 8, 9, 10, 11]]
+    assert (s.merge_indptr.tolist(), s.merge_rows.tolist()) == ([0, 1, 3], [2, 0, 1])
+    twice = [BlockSpec([1, 1], [9, 4], [[RunSpec([0], 3)]], q_rows=[1, 3])]
+    options = {"num_tokens": 2, "group": 1, "page_size": 4}
+    with pytest.raises(ValueError, match="sees already"):
+        expand_plan(build_plan(twice, rotations=[(0, -3), (1, 5)], **options))
+    with pytest.raises(ValueError, match="query rows of its rows"):
+        build_plan(twice, rotations=[(1, 5), (0, -3)], **options)
+
+
+def test_plans_without_rotations_share_the_rows() -> None:
+    plan = build_plan([BlockSpec([2, 0], [5, 6], [[]])], num_tokens=3, group=1, page_size=4)
+    h = header(plan)
+    assert (h.off_q_rows, h.num_rotations) == (h.off_tokens, 0)
 
 
 def test_a_slot_seen_twice_is_an_error() -> None:

@@ -1,8 +1,12 @@
 #include "core.h"
 
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <atomic>
+#include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <tuple>
@@ -39,6 +43,8 @@ const char* exception_name(ErrorKind kind) {
       return "ConcurrentUse";
     case ErrorKind::kUnsupported:
       return "Unsupported";
+    case ErrorKind::kDevice:
+      return "DeviceError";
     case ErrorKind::kInvariant:
       return "InvariantError";
     case ErrorKind::kValue:
@@ -115,6 +121,8 @@ auto list(void (CacheCore::*method)(Handle, std::vector<T>&) const) {
   };
 }
 
+using CopySlots = std::function<void(const std::vector<std::array<int64_t, 3>>&)>;
+
 void bind_verbs(py::class_<PyCore>& c) {
   c.def("enter", &PyCore::enter)
       .def("leave", &PyCore::leave)
@@ -123,17 +131,28 @@ void bind_verbs(py::class_<PyCore>& c) {
       .def("fork_at", verb(&CacheCore::fork_at))
       .def("select", verb(&CacheCore::select))
       .def("crop", verb(&CacheCore::crop))
+      .def("take_back", verb(&CacheCore::take_back))
       .def("excise", verb(&CacheCore::excise))
       .def("set_position", verb(&CacheCore::set_position))
       .def("join",
            [](PyCore& self, Handle branch, const std::vector<Handle>& children,
-              const std::string& mode, int64_t position) {
+              const std::string& mode, int64_t position, bool rebase,
+              const std::optional<CopySlots>& copy) {
              Use use(self);
-             const JoinPosition m = mode == "max"   ? JoinPosition::kMax
-                                    : mode == "sum" ? JoinPosition::kSum
-                                                    : JoinPosition::kGiven;
-             self.core.join(branch, children, m, position);
+             JoinRequest request;
+             request.mode = mode == "max"   ? JoinPosition::kMax
+                            : mode == "sum" ? JoinPosition::kSum
+                                            : JoinPosition::kGiven;
+             request.position = position;
+             request.rebase = copy ? Rebase::kCopy : rebase ? Rebase::kShift : Rebase::kNo;
+             request.copy = [&](const std::vector<RotatedCopy>& slots) {
+               std::vector<std::array<int64_t, 3>> out;
+               for (const RotatedCopy& s : slots) out.push_back({s.src_slot, s.dst_slot, s.shift});
+               (*copy)(out);
+             };
+             self.core.join(branch, children, request);
            })
+      .def("watch", verb(&CacheCore::watch))
       .def("reorder",
            [](PyCore& self, const std::vector<Handle>& branches,
               const std::vector<int64_t>& indices) {
@@ -164,6 +183,14 @@ void bind_queries(py::class_<PyCore>& c) {
                out.append(py::make_tuple(p.segment, p.lo, p.hi, p.first_position));
              return out;
            })
+      .def("view",
+           [](const PyCore& self, Handle branch) {
+             std::vector<int64_t> slots;
+             std::vector<int64_t> positions;
+             self.core.view(branch, slots, positions);
+             return py::make_tuple(slots, positions);
+           })
+      .def("watched", query(&CacheCore::watched))
       .def("stats",
            [](const PyCore& self) {
              const CoreStats s = self.core.stats();
@@ -253,14 +280,14 @@ void bind_step(py::class_<PyCore>& c) {
 void bind_plan(py::module_& m) {
   m.def("target_costs", [](const std::string& name) {
     const TargetCosts& t = target_costs(name);
-    return py::dict(py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
-                    py::arg("spans_per_worker") = t.spans_per_worker,
-                    py::arg("bytes_per_ns") = t.bytes_per_ns,
-                    py::arg("flops_per_ns_small") = t.flops_per_ns_small,
-                    py::arg("flops_per_ns") = t.flops_per_ns,
-                    py::arg("row_quantum") = t.row_quantum, py::arg("load_rows") = t.load_rows,
-                    py::arg("ns_per_exp") = t.ns_per_exp, py::arg("item_ns") = t.item_ns,
-                    py::arg("tile_slots") = t.tile_slots, py::arg("chunk_slots") = t.chunk_slots);
+    return py::dict(
+        py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
+        py::arg("spans_per_worker") = t.spans_per_worker, py::arg("bytes_per_ns") = t.bytes_per_ns,
+        py::arg("flops_per_ns_small") = t.flops_per_ns_small,
+        py::arg("flops_per_ns") = t.flops_per_ns, py::arg("row_quantum") = t.row_quantum,
+        py::arg("load_rows") = t.load_rows, py::arg("ns_per_exp") = t.ns_per_exp,
+        py::arg("item_ns") = t.item_ns, py::arg("tile_slots") = t.tile_slots,
+        py::arg("chunk_slots") = t.chunk_slots, py::arg("gather_slots") = t.gather_slots);
   });
   py::class_<PlanData>(m, "PlanData", py::buffer_protocol())
       .def_buffer([](PlanData& self) {
@@ -271,6 +298,12 @@ void bind_plan(py::module_& m) {
           [](const PlanData& self) {
             return reinterpret_cast<const PlanHeader*>(self.buffer.data())->page_limit;
           })
+      .def_property_readonly("rotations",
+                             [](const PlanData& self) {
+                               const auto* h =
+                                   reinterpret_cast<const PlanHeader*>(self.buffer.data());
+                               return py::make_tuple(h->off_rotations, h->num_rotations);
+                             })
       .def_property_readonly("cost_ns", [](const PlanData& self) { return self.cost_ns; })
       .def_property_readonly("span_ns", [](const PlanData& self) { return self.span_ns; })
       .def_property_readonly("counts", [](const PlanData& self) {

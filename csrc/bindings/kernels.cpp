@@ -31,9 +31,9 @@ cpu::RowTensor rows(const RowArg& a) {
 
 void tree_attention_cpu(std::uintptr_t plan, const RowArg& q, const PagedArg& k_cache,
                         const PagedArg& v_cache, const RowArg& out, std::uintptr_t lse,
-                        std::uintptr_t sinks, int32_t dtype, int32_t num_q_heads,
-                        int32_t num_kv_heads, int32_t head_dim, int32_t head_dim_v,
-                        float softmax_scale, float softcap) {
+                        std::uintptr_t sinks, std::uintptr_t k_scale, std::uintptr_t v_scale,
+                        int32_t dtype, int32_t kv_dtype, int32_t num_q_heads, int32_t num_kv_heads,
+                        int32_t head_dim, int32_t head_dim_v, float softmax_scale, float softcap) {
   cpu::TreeAttentionParams p{};
   p.plan = pointer<const int64_t>(plan);
   p.q = rows(q);
@@ -42,7 +42,10 @@ void tree_attention_cpu(std::uintptr_t plan, const RowArg& q, const PagedArg& k_
   p.out = rows(out);
   p.lse = pointer<float>(lse);
   p.sinks = pointer<const float>(sinks);
+  p.k_scale = pointer<const float>(k_scale);
+  p.v_scale = pointer<const float>(v_scale);
   p.dtype = static_cast<cpu::DType>(dtype);
+  p.kv_dtype = static_cast<cpu::DType>(kv_dtype);
   p.num_q_heads = num_q_heads;
   p.num_kv_heads = num_kv_heads;
   p.head_dim = head_dim;
@@ -51,28 +54,6 @@ void tree_attention_cpu(std::uintptr_t plan, const RowArg& q, const PagedArg& k_
   p.softcap = softcap;
   py::gil_scoped_release release;
   cpu::tree_attention(p);
-}
-
-void store_kv_cpu(const RowArg& src, const PagedArg& dst, std::uintptr_t slot_mapping,
-                  int64_t num_rows, int32_t num_heads, int32_t dim, int32_t page_size,
-                  int32_t element_size) {
-  py::gil_scoped_release release;
-  cpu::store_kv(rows(src), paged(dst), pointer<const int64_t>(slot_mapping), num_rows, num_heads,
-                dim, page_size, element_size);
-}
-
-void copy_pages_cpu(const PagedArg& cache, std::uintptr_t src, std::uintptr_t dst, int64_t count,
-                    int32_t page_size, int32_t num_heads, int32_t dim, int32_t element_size) {
-  py::gil_scoped_release release;
-  cpu::copy_pages(paged(cache), pointer<const int32_t>(src), pointer<const int32_t>(dst), count,
-                  page_size, num_heads, dim, element_size);
-}
-
-void move_slots_cpu(const PagedArg& cache, std::uintptr_t src, std::uintptr_t dst, int64_t count,
-                    int32_t page_size, int32_t num_heads, int32_t dim, int32_t element_size) {
-  py::gil_scoped_release release;
-  cpu::move_slots(paged(cache), pointer<const int64_t>(src), pointer<const int64_t>(dst), count,
-                  page_size, num_heads, dim, element_size);
 }
 
 void merge_states_cpu(std::uintptr_t out, std::uintptr_t lse, int64_t num_states, int64_t num_rows,
@@ -88,23 +69,15 @@ void merge_states_cpu(std::uintptr_t out, std::uintptr_t lse, int64_t num_states
 void bind_kernels(py::module_& m) {
   m.def("tree_attention_cpu", &tree_attention_cpu, py::arg("plan_ptr"), py::arg("q"),
         py::arg("k_cache"), py::arg("v_cache"), py::arg("out"), py::arg("lse_ptr"),
-        py::arg("sinks_ptr"), py::arg("dtype"), py::arg("num_q_heads"), py::arg("num_kv_heads"),
-        py::arg("head_dim"), py::arg("head_dim_v"), py::arg("softmax_scale"), py::arg("softcap"));
+        py::arg("sinks_ptr"), py::arg("k_scale_ptr"), py::arg("v_scale_ptr"), py::arg("dtype"),
+        py::arg("kv_dtype"), py::arg("num_q_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+        py::arg("head_dim_v"), py::arg("softmax_scale"), py::arg("softcap"));
   m.def(
       "advise_huge_pages",
       [](std::uintptr_t data, int64_t bytes) {
         cpu::advise_huge_pages(pointer<void>(data), bytes);
       },
       py::arg("data_ptr"), py::arg("num_bytes"));
-  m.def("store_kv_cpu", &store_kv_cpu, py::arg("src"), py::arg("dst"), py::arg("slot_mapping_ptr"),
-        py::arg("rows"), py::arg("num_heads"), py::arg("dim"), py::arg("page_size"),
-        py::arg("element_size"));
-  m.def("copy_pages_cpu", &copy_pages_cpu, py::arg("cache"), py::arg("src_ptr"), py::arg("dst_ptr"),
-        py::arg("count"), py::arg("page_size"), py::arg("num_heads"), py::arg("dim"),
-        py::arg("element_size"));
-  m.def("move_slots_cpu", &move_slots_cpu, py::arg("cache"), py::arg("src_ptr"), py::arg("dst_ptr"),
-        py::arg("count"), py::arg("page_size"), py::arg("num_heads"), py::arg("dim"),
-        py::arg("element_size"));
   m.def("merge_states_cpu", &merge_states_cpu, py::arg("out_ptr"), py::arg("lse_ptr"),
         py::arg("num_states"), py::arg("rows"), py::arg("num_heads"), py::arg("dim"),
         py::arg("merged_out_ptr"), py::arg("merged_lse_ptr"));

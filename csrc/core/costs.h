@@ -20,10 +20,12 @@ struct TargetCosts {
   double flops_per_ns_small;  // one worker's rate on tiles below 64 rows
   double flops_per_ns;        // and from 64 rows on
   int32_t row_quantum;        // rows are padded to a multiple of this
-  int32_t load_rows;    // reading a slot into the core costs as much arithmetic as this many rows
-  double ns_per_exp;    // per score
-  double item_ns;       // fixed cost of a work item
-  int32_t tile_slots;   // items are cut at multiples of this
+  int32_t load_rows;   // reading a slot into the core costs as much arithmetic as this many rows
+  double ns_per_exp;   // per score
+  double item_ns;      // fixed cost of a work item
+  int32_t tile_slots;  // items are cut at multiples of this
+  int32_t
+      gather_slots;     // pieces and ends of runs up to this long share tiles; 0: kernels see to it
   int32_t chunk_slots;  // batch-invariant plans cut contexts at multiples of this: whole tiles
 };
 

@@ -16,13 +16,15 @@
 // windows
 // * items[num_items], PlanItem: a row block and consecutive runs
 // * runs[num_runs], PlanRun: slots, and which of the block's tokens see them
-// * pages[num_pages], int32: physical pages, and slots of kSlotList runs; a run indexes into this
-//   list
-// * words[num_words], uint64: per-slot visibility words of kPerSlot runs
+// * pages[num_pages], int32: physical pages; a run indexes into this list
+// * words[num_words], uint64: per-slot visibility words of kPerSlot and kGather runs
+// * gather[num_gather], int32: slots (page * page_size + offset) of kGather runs, one by one
 // * spans[num_spans + 1], int32: first item of each span, and the end; spans are predicted to take
 //   the same time, and one worker takes one span for one KV head
 // * merge_indptr[num_tokens + 1], int32: CSR over query rows into merge_rows
 // * merge_rows[num_merge_rows], int32: partial rows that make up a query row, in merge order
+//
+// Every query row is in some block of some item, be it an item without runs.
 //
 // A query row served by exactly one item is written directly by it (its CSR range is empty). A row
 // served by several items has one partial row in each; partial row r holds (num_q_heads,
@@ -72,8 +74,10 @@ struct PlanHeader {
   int32_t off_q_rows;
   int32_t num_rotations;
   int32_t off_rotations;
+  int32_t num_gather;
+  int32_t off_gather;
   int32_t tile_slots;  // of a batch-invariant plan: every run begins a tile of so many; else 0
-  int32_t reserved[16];
+  int32_t reserved[14];
 };
 static_assert(sizeof(PlanHeader) == 192);
 
@@ -101,10 +105,10 @@ struct PlanItem {
 //   bit t of `mask`;
 //   kDiagonal: j < diag + t;
 //   kWindow:   positions[t] - (first_position + j) < window;
-//   kPerSlot:  bit t of words[words_begin + j].
-// kSlotList says where slots lie: slot j is slot pages[page_begin + first_slot + j] of the cache,
-// counted as page * page_size + offset, instead of one behind the other.
-enum PlanRunKind : int32_t { kFull = 0, kDiagonal = 1, kWindow = 2, kPerSlot = 4, kSlotList = 8 };
+//   kPerSlot, kGather: bit t of words[words_begin + j].
+// Slot j of a kGather run, which has no other kind, is gather[page_begin + j]: short pieces that
+// share tiles.
+enum PlanRunKind : int32_t { kFull = 0, kDiagonal = 1, kWindow = 2, kPerSlot = 4, kGather = 8 };
 
 struct PlanRun {
   uint64_t mask;

@@ -40,14 +40,16 @@ void Planner::reset(const CacheCore& core, const PlanRequest& request) {
   }
   blocks_.clear();
   tokens_.clear();
+  q_rows_.clear();
+  rotations_.clear();
   positions_.clear();
   items_.clear();
   runs_.clear();
   sources_.clear();
   source_of_run_.clear();
-  slot_lists_.clear();
   goes_on_.clear();
   words_.clear();
+  gather_.clear();
 }
 
 PlanData Planner::build(const CacheCore& core, const PlanRequest& request) {
@@ -59,6 +61,12 @@ PlanData Planner::build(const CacheCore& core, const PlanRequest& request) {
   if (request.batch_invariant) {
     groups_.build_tiles(core, request.window, target.tile_slots, chunk_slots);
     shared_slots_.build(core, request.window);
+    if (shared_slots_.leaves.size() != core.step().rows.size() || !shared_slots_.fresh.empty()) {
+      fail(ErrorKind::kUnsupported,
+           "batch_invariant: contexts that watch others, or see tokens at shifted positions, are "
+           "not "
+           "part of this version");
+    }
   } else {
     groups_.build(core, request.window);
   }

@@ -47,8 +47,9 @@ class Planner {
 
  private:
   struct Token {
-    int32_t row;    // of the step: a branch
-    int32_t index;  // within the branch's new tokens
+    int32_t row;       // of the step: a branch
+    int32_t index;     // within the branch's new tokens
+    int32_t rotation;  // which copy of its query it reads, -1: the query itself
   };
 
   // A page table that runs index: a segment's, with what the step adds, or a new segment's. The
@@ -90,14 +91,21 @@ class Planner {
   void emit_block(const Block& block, const BlockChoice& choice);
   void emit_piece(const Piece& piece, uint64_t mask);
   void emit_own(int32_t order_index);
+  void emit_fresh(int32_t order_index);
   void emit_draft(const StepRow& row, int32_t first, int32_t count, int32_t bit);
   void push_run(PlanRun run, int32_t source, int64_t first_position);
   bool merge_run(const PlanRun& run, int32_t source);
   void add_run(const PlanRun& run, int32_t source);
   void name_pages(const PlanRun& run, int32_t source);
+  // planner_gather.cpp
+  void gather_short_runs(int32_t first_run);
+  void gather_slots(const PlanRun& run, int32_t source, int32_t from);
+  uint64_t visibility(const PlanRun& run, int32_t j) const;
+  int32_t physical_page(const PageSource& source, int32_t at) const;
   uint64_t mask_of(const Group& group) const;
   void count_run(const PlanRun& run);
   void count_unique(const Groups& groups);
+  void count_fresh();
   int32_t source_of_segment(Index segment);
   int32_t source_of_row(int32_t row);
   void lay_out_pages();
@@ -142,8 +150,7 @@ class Planner {
   std::vector<int32_t> source_of_segment_;  // -1: none yet
   std::vector<int32_t> source_of_row_;
   std::vector<PageSource> sources_;
-  std::vector<int32_t> source_of_run_;  // -1: a slot list
-  std::vector<int32_t> slot_lists_;
+  std::vector<int32_t> source_of_run_;  // -1: a tile of gathered slots
   std::vector<Piece> parts_;
   std::vector<Lane> lanes_;
   std::vector<uint8_t> goes_on_;  // per item: in one item with the one before it, if it likes
@@ -151,12 +158,15 @@ class Planner {
   std::vector<Load> loads_;
   std::vector<PlanBlock> blocks_;
   std::vector<int32_t> tokens_;
+  std::vector<int32_t> q_rows_;
+  std::vector<PlanRotation> rotations_;
   std::vector<int32_t> positions_;
   std::vector<PlanItem> items_;
   std::vector<PlanRun> runs_;
   std::vector<PlanItem> uncut_items_;
   std::vector<PlanRun> uncut_runs_;
   std::vector<uint64_t> words_;
+  std::vector<int32_t> gather_;
   std::vector<int32_t> spans_;
   std::vector<double> span_ns_;
   std::vector<int32_t> merge_indptr_;

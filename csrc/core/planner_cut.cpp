@@ -25,11 +25,12 @@ struct RunCursor {
       PlanRun part = *run;
       const int64_t n = std::min<int64_t>(slots, part.num_slots - into);
       const int64_t slot = part.first_slot + into;
-      part.page_begin += static_cast<int32_t>(slot / page_size);
-      part.first_slot = static_cast<int32_t>(slot % page_size);
+      const bool gathered = (part.kind & kGather) != 0;
+      part.page_begin += static_cast<int32_t>(gathered ? into : slot / page_size);
+      part.first_slot = gathered ? 0 : static_cast<int32_t>(slot % page_size);
       part.first_position += static_cast<int32_t>(into);
       part.diag -= static_cast<int32_t>(into);
-      if ((part.kind & kPerSlot) != 0) part.words_begin += static_cast<int32_t>(into);
+      if ((part.kind & (kPerSlot | kGather)) != 0) part.words_begin += static_cast<int32_t>(into);
       part.num_slots = static_cast<int32_t>(n);
       out.push_back(part);
       slots -= n;
@@ -289,7 +290,6 @@ void Planner::serialise(PlanData& out) const {
   h.num_items = static_cast<int32_t>(items_.size());
   h.num_runs = static_cast<int32_t>(runs_.size());
   for (const PageSource& source : sources_) h.num_pages += std::max(0, source.end - source.first);
-  h.num_pages += static_cast<int32_t>(slot_lists_.size());
   h.num_words = static_cast<int32_t>(words_.size());
   h.num_partial_rows = static_cast<int32_t>(counts_.num_partial_rows);
   h.num_merge_rows = static_cast<int32_t>(merge_rows_.size());
@@ -304,7 +304,6 @@ void Planner::serialise(PlanData& out) const {
   std::vector<int32_t> pages;
   pages.reserve(h.num_pages);
   for (const PageSource& source : sources_) append_pages(source, pages);
-  pages.insert(pages.end(), slot_lists_.begin(), slot_lists_.end());
   const std::size_t bytes = blocks_.size() * sizeof(PlanBlock) + items_.size() * sizeof(PlanItem) +
                             runs_.size() * sizeof(PlanRun) + words_.size() * sizeof(uint64_t) +
                             (tokens_.size() + positions_.size() + pages.size() + spans_.size() +
@@ -315,7 +314,7 @@ void Planner::serialise(PlanData& out) const {
   Writer writer(out.buffer);
   h.off_blocks = writer.section(blocks_);
   h.off_tokens = writer.section(tokens_);
-  h.off_q_rows = h.off_tokens;
+  h.off_q_rows = rotations_.empty() ? h.off_tokens : writer.section(q_rows_);
   h.off_positions = writer.section(positions_);
   h.off_items = writer.section(items_);
   h.off_runs = writer.section(runs_);
@@ -325,7 +324,10 @@ void Planner::serialise(PlanData& out) const {
   h.off_spans = writer.section(spans_);
   h.off_merge_indptr = writer.section(merge_indptr_);
   h.off_merge_rows = writer.section(merge_rows_);
-  h.off_rotations = static_cast<int32_t>(out.buffer.size());
+  h.num_rotations = static_cast<int32_t>(rotations_.size());
+  h.off_rotations = writer.section(rotations_);
+  h.num_gather = static_cast<int32_t>(gather_.size());
+  h.off_gather = writer.section(gather_);
   h.total_words = static_cast<int32_t>(out.buffer.size());
   std::copy_n(reinterpret_cast<const char*>(&h), sizeof(h),
               reinterpret_cast<char*>(out.buffer.data()));

@@ -18,15 +18,25 @@ uint64_t bits(int32_t first, int32_t count) {
 
 void Planner::lay_out_tokens() {
   all_tokens_.clear();
-  for (const int32_t row : groups_.order) {
-    for (int32_t t = 0; t < core_->step().rows[row].num_tokens; ++t)
-      all_tokens_.push_back({row, t});
+  for (const Leaf& leaf : groups_.leaves) {
+    const int32_t first = core_->step().rows[leaf.row].row_begin + leaf.first;
+    for (int32_t t = 0; t < leaf.count; ++t) {
+      int32_t rotation = -1;
+      if (leaf.shift != 0) {
+        rotation = static_cast<int32_t>(rotations_.size());
+        rotations_.push_back({first + t, static_cast<int32_t>(leaf.shift)});
+      }
+      all_tokens_.push_back({leaf.row, leaf.first + t, rotation});
+    }
   }
 }
 
+// Of the query that the token reads.
 int32_t Planner::position(const Token& token) const {
-  return static_cast<int32_t>(
-      core_->step().positions[core_->step().rows[token.row].row_begin + token.index]);
+  const int64_t position =
+      core_->step().positions[core_->step().rows[token.row].row_begin + token.index];
+  return static_cast<int32_t>(token.rotation < 0 ? position
+                                                 : position - rotations_[token.rotation].shift);
 }
 
 int32_t Planner::source_of_segment(Index segment) {
@@ -49,7 +59,7 @@ int32_t Planner::source_of_row(int32_t r) {
   return source;
 }
 
-// Now that it is known which pages runs name: where they are in the plan, slot lists behind them.
+// Now that it is known which pages runs name: where they are in the plan.
 void Planner::lay_out_pages() {
   int32_t next = 0;
   for (PageSource& source : sources_) {
@@ -57,10 +67,7 @@ void Planner::lay_out_pages() {
     next += std::max(0, source.end - source.first);
   }
   for (std::size_t i = 0; i < runs_.size(); ++i) {
-    if (source_of_run_[i] < 0) {
-      runs_[i].page_begin += next;
-      continue;
-    }
+    if ((runs_[i].kind & kGather) != 0) continue;
     const PageSource& source = sources_[source_of_run_[i]];
     runs_[i].page_begin += source.begin - source.first;
   }
@@ -112,14 +119,21 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
     const uint64_t mask = mask_of(group);
     if (mask == 0) continue;
     for (const Piece& piece : groups_.pieces(group)) emit_piece(piece, mask);
-    if (g < static_cast<int32_t>(groups_.order.size())) emit_own(g);
+    if (g >= static_cast<int32_t>(groups_.order.size())) continue;
+    const Leaf& leaf = groups_.leaves[g];
+    if (leaf.first_fresh >= 0) emit_fresh(g);
+    if (leaf.own) emit_own(g);
   }
   if (runs_.size() == static_cast<std::size_t>(first_run)) {  // the window passed everything by
     items_.pop_back();
     return;
   }
+  gather_short_runs(first_run);
   items_.back().run_end = static_cast<int32_t>(runs_.size());
-  for (int32_t i = first_run; i < items_.back().run_end; ++i) count_run(runs_[i]);
+  for (int32_t i = first_run; i < items_.back().run_end; ++i) {
+    count_run(runs_[i]);
+    if ((runs_[i].kind & kGather) == 0) name_pages(runs_[i], source_of_run_[i]);
+  }
   add_block_tokens();
 }
 
@@ -127,8 +141,12 @@ void Planner::add_block_tokens() {
   blocks_.push_back({static_cast<int32_t>(tokens_.size()), block_count_});
   for (int32_t t = 0; t < block_count_; ++t) {
     const Token& token = block_first_[t];
-    tokens_.push_back(core_->step().rows[token.row].row_begin + token.index);
+    const int32_t row = core_->step().rows[token.row].row_begin + token.index;
+    tokens_.push_back(row);
     positions_.push_back(position(token));
+    if (rotations_.empty()) continue;
+    const auto num_tokens = static_cast<int32_t>(core_->step().positions.size());
+    q_rows_.push_back(token.rotation < 0 ? row : num_tokens + token.rotation);
   }
 }
 
@@ -160,6 +178,33 @@ void Planner::emit_own(int32_t order_index) {
       0,
       0};
   push_run(run, source_of_row(r), core_->step().positions[row.row_begin]);
+}
+
+// The new tokens of other rows that a leaf watches.
+void Planner::emit_fresh(int32_t order_index) {
+  const Leaf& leaf = groups_.leaves[order_index];
+  const auto block_begin = static_cast<int32_t>(block_first_ - all_tokens_.data());
+  const int32_t at = groups_.token_begin[order_index] - block_begin;  // bit of the leaf's token 0
+  const int32_t page_size = core_->page_size();
+  for (int32_t f = leaf.first_fresh; f >= 0; f = groups_.fresh[f].next) {
+    const FreshTokens& seen = groups_.fresh[f];
+    const int32_t last = std::min(leaf.count, block_count_ - at);
+    const int32_t first = std::max({0, -at, seen.in_place ? seen.lag : 0});
+    const int32_t count = seen.in_place ? std::min(seen.count, last - seen.lag) : seen.count;
+    if (first >= last || count <= 0) continue;
+    const StepRow& row = core_->step().rows[seen.row];
+    const bool diagonal = seen.in_place && first - seen.lag + 1 < count;
+    const PlanRun run{bits(at + first, last - first),
+                      row.first_slot / page_size,
+                      row.first_slot % page_size,
+                      count,
+                      0,
+                      diagonal ? kDiagonal : kFull,
+                      1 - seen.lag - at,  // token `bit` sees bit - at - lag + 1 slots
+                      0,
+                      0};
+    push_run(run, source_of_row(seen.row), core_->step().positions[row.row_begin]);
+  }
 }
 
 // A draft token sees its ancestors in the draft and itself: one word per slot, the window worked
@@ -211,7 +256,6 @@ void Planner::push_run(PlanRun run, int32_t source, int64_t first_position) {
 void Planner::add_run(const PlanRun& run, int32_t source) {
   runs_.push_back(run);
   source_of_run_.push_back(source);
-  name_pages(run, source);
 }
 
 void Planner::name_pages(const PlanRun& run, int32_t source) {
@@ -236,18 +280,17 @@ bool Planner::merge_run(const PlanRun& run, int32_t source) {
   last.diag = run.diag + last.num_slots;
   last.num_slots += run.num_slots;
   last.kind |= run.kind;
-  name_pages(run, source);
   return true;
 }
 
 void Planner::count_run(const PlanRun& run) {
   counts_.read_slots += run.num_slots;
   counts_.executed_pairs += int64_t{block_count_} * run.num_slots;
-  if ((run.kind & ~kSlotList) == kFull) {
+  if (run.kind == kFull) {
     counts_.visible_pairs += int64_t{std::popcount(run.mask)} * run.num_slots;
     return;
   }
-  if ((run.kind & kPerSlot) != 0) {
+  if ((run.kind & (kPerSlot | kGather)) != 0) {
     for (int32_t j = 0; j < run.num_slots; ++j)
       counts_.visible_pairs += std::popcount(words_[run.words_begin + j]);
     return;
@@ -267,11 +310,36 @@ void Planner::count_run(const PlanRun& run) {
 
 void Planner::count_unique(const Groups& groups) {
   for (const Group& group : groups.groups) {
-    counts_.unique_slots += group.slots;
+    const int64_t slots = group.slots - group.fresh;
+    counts_.unique_slots += slots;
     int64_t tokens = 0;
     for (const RowRange& rows : groups.rows(group))
       tokens += groups.token_begin[rows.end] - groups.token_begin[rows.begin];
-    counts_.tile_unique_slots += (tokens + max_tokens_ - 1) / max_tokens_ * group.slots;
+    counts_.tile_unique_slots += (tokens + max_tokens_ - 1) / max_tokens_ * slots;
+  }
+  if (!groups_.fresh.empty()) count_fresh();
+}
+
+// Watched new tokens are counted with those who wrote them; here for how many more see each.
+void Planner::count_fresh() {
+  const Step& step = core_->step();
+  std::vector<int64_t> readers(step.positions.size(), 0);
+  for (const Leaf& leaf : groups_.leaves) {
+    for (int32_t f = leaf.first_fresh; f >= 0; f = groups_.fresh[f].next) {
+      const FreshTokens& seen = groups_.fresh[f];
+      for (int32_t j = 0; j < seen.count; ++j) {
+        readers[step.rows[seen.row].row_begin + j] +=
+            seen.in_place ? leaf.count - seen.lag - j : leaf.count;
+      }
+    }
+  }
+  for (const StepRow& row : step.rows) {
+    const int64_t own = row.num_tokens;
+    for (int32_t j = 0; j < row.num_tokens; ++j) {
+      const int64_t all = own + readers[row.row_begin + j];
+      counts_.tile_unique_slots +=
+          (all + max_tokens_ - 1) / max_tokens_ - (own + max_tokens_ - 1) / max_tokens_;
+    }
   }
 }
 

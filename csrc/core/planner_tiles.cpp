@@ -32,6 +32,7 @@ void Planner::emit_tiled_block(const Block& block, const BlockChoice& choice) {
   const bool from_start = groups_.groups[choice.streams[block.streams_begin]].parent < 0;
   for (int32_t r = first_run; r < end_run; ++r) {
     count_run(runs_[r]);
+    if ((runs_[r].kind & kGather) == 0) name_pages(runs_[r], source_of_run_[r]);
     if (r == first_run || runs_[r].chunk != runs_[r - 1].chunk) {
       items_.push_back({static_cast<int32_t>(blocks_.size()), r, r, -1});
       goes_on_.push_back(r > first_run && from_start);
@@ -171,7 +172,6 @@ void Planner::emit_stretch(const Piece& p, int32_t into, int32_t count,
 // One tile whose slots lie anywhere: lanes_, from place `at` of the context on.
 void Planner::emit_lanes(int64_t at, uint64_t mask) {
   const auto [least, most] = positions_of(mask);
-  bool all_see_all = true;
   uint64_t seen = 0;
   for (Lane& lane : lanes_) {
     if (request_.window > 0 && lane.position <= most - request_.window) {
@@ -180,25 +180,21 @@ void Planner::emit_lanes(int64_t at, uint64_t mask) {
         if (lane.position <= newest - request_.window) lane.seen &= ~(rest & -rest);
       }
     }
-    all_see_all &= lane.seen == mask;
     seen |= lane.seen;
   }
   if (seen == 0) return;
-  const auto count = static_cast<int32_t>(lanes_.size());
-  PlanRun run{mask,
-              static_cast<int32_t>(slot_lists_.size()),
-              0,
-              count,
-              static_cast<int32_t>(lanes_[0].position),
-              kSlotList,
-              0,
-              0,
-              static_cast<int32_t>(at / request_.target->chunk_slots)};
-  for (const Lane& lane : lanes_) slot_lists_.push_back(lane.slot);
-  if (!all_see_all) {
-    run.kind |= kPerSlot;
-    run.words_begin = static_cast<int32_t>(words_.size());
-    for (const Lane& lane : lanes_) words_.push_back(lane.seen);
+  const PlanRun run{mask,
+                    static_cast<int32_t>(gather_.size()),
+                    0,
+                    static_cast<int32_t>(lanes_.size()),
+                    static_cast<int32_t>(lanes_[0].position),
+                    kGather,
+                    0,
+                    static_cast<int32_t>(words_.size()),
+                    static_cast<int32_t>(at / request_.target->chunk_slots)};
+  for (const Lane& lane : lanes_) {
+    gather_.push_back(lane.slot);
+    words_.push_back(lane.seen);
   }
   runs_.push_back(run);
   source_of_run_.push_back(-1);

@@ -162,8 +162,11 @@ void Groups::lay_out_rows() {
   token_begin.push_back(0);
   for (std::size_t i = 0; i < order.size(); ++i) {
     const auto at = static_cast<int32_t>(i);
+    const int32_t count = core_->step().rows[order[i]].num_tokens;
+    leaves.push_back({order[i], 0, count, 0, true});
     add_group({{RowRange{at, at + 1}}});
-    token_begin.push_back(token_begin.back() + core_->step().rows[order[i]].num_tokens);
+    groups.back().own = count;
+    token_begin.push_back(token_begin.back() + count);
   }
   crossed.assign(order.size(), 0);
 }

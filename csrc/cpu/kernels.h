@@ -5,7 +5,7 @@
 
 namespace fork_attn::cpu {
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
 
 // One of K or V: element (page, slot, head, d) at base[page*page_stride + slot*slot_stride +
 // head*head_stride + d]. Strides are in elements; the head dimension is contiguous.
@@ -28,10 +28,13 @@ struct TreeAttentionParams {
   RowTensor q;          // (T, num_q_heads, head_dim), dtype
   PagedTensor k_cache;
   PagedTensor v_cache;
-  RowTensor out;       // (T, num_q_heads, head_dim_v), dtype
-  float* lse;          // (T, num_q_heads) contiguous, natural log, sinks included
-  const float* sinks;  // (num_q_heads,) logits or null
-  DType dtype;         // of q, k_cache, v_cache and out
+  RowTensor out;         // (T, num_q_heads, head_dim_v), dtype
+  float* lse;            // (T, num_q_heads) contiguous, natural log, sinks included
+  const float* sinks;    // (num_q_heads,) logits or null
+  const float* k_scale;  // (num_kv_heads,) or null: what k_cache and v_cache are multiplied with
+  const float* v_scale;
+  DType dtype;     // of q and out
+  DType kv_dtype;  // of k_cache and v_cache: dtype, or e4m3
   int32_t num_q_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
@@ -42,22 +45,6 @@ struct TreeAttentionParams {
 
 // Rows no item serves get out = 0 and lse = -inf (with sinks: lse = sink).
 void tree_attention(const TreeAttentionParams& params);
-
-// Writes row t of src (rows, num_heads, dim) to slot slot_mapping[t] (= page * page_size + offset)
-// of dst. Element size in bytes; negative slots are skipped by contract (padding rows).
-void store_kv(const RowTensor& src, const PagedTensor& dst, const int64_t* slot_mapping,
-              int64_t rows, int32_t num_heads, int32_t dim, int32_t page_size,
-              int32_t element_size);
-
-// Copies whole pages src[i] -> dst[i] inside one paged tensor (copy-on-write). Pages of dst are
-// distinct and not in src.
-void copy_pages(const PagedTensor& cache, const int32_t* src, const int32_t* dst, int64_t count,
-                int32_t page_size, int32_t num_heads, int32_t dim, int32_t element_size);
-
-// Moves slots src[i] -> dst[i] inside one paged tensor, reading all before writing any (draft
-// acceptance).
-void move_slots(const PagedTensor& cache, const int64_t* src, const int64_t* dst, int64_t count,
-                int32_t page_size, int32_t num_heads, int32_t dim, int32_t element_size);
 
 // Asks for huge memory pages where the operating system gives them on request: KV pages lie
 // anywhere, and each read of 4 kB would wait for a look-up of its address. To be called before the

@@ -5,7 +5,9 @@
 
 namespace fork_attn::cpu {
 
-int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+int element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8E4M3 ? 1 : 2;
+}
 
 int64_t num_slots(const PlanView& plan, const PlanItem& item) {
   int64_t slots = 0;
@@ -17,7 +19,7 @@ TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, 
     : plan_(params.plan),
       k_(params.k_cache),
       v_(params.v_cache),
-      element_size_(element_size(params.dtype)),
+      element_size_(element_size(params.kv_dtype)),
       head_k_(kv_head * params.k_cache.head_stride),
       head_v_(kv_head * params.v_cache.head_stride),
       fixed_(plan_.header().tile_slots > 0),
@@ -32,8 +34,13 @@ TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, 
 
 void TileReader::enter_run() {
   const PlanRun& run = plan_.runs()[run_];
-  const int64_t slot = run.first_slot + j_;
   const int32_t page_size = plan_.header().page_size;
+  if ((run.kind & kGather) != 0) {  // one slot at a time
+    page_index_ = run.page_begin + static_cast<int32_t>(j_);
+    offset_ = plan_.gather()[page_index_] % page_size;
+    return;
+  }
+  const int64_t slot = run.first_slot + j_;
   page_index_ = run.page_begin + static_cast<int32_t>(slot / page_size);
   offset_ = static_cast<int32_t>(slot % page_size);
 }
@@ -53,7 +60,7 @@ uint64_t TileReader::visibility(const PlanRun& run, int64_t j) const {
       }
     }
   }
-  if (run.kind & kPerSlot) word &= plan_.words()[run.words_begin + j];
+  if (run.kind & (kPerSlot | kGather)) word &= plan_.words()[run.words_begin + j];
   return word;
 }
 
@@ -71,23 +78,17 @@ bool TileReader::next(Tile& tile) {
       continue;
     }
     if (tile.count == 0) tile.chunk = run.chunk;
-    const bool listed = (run.kind & kSlotList) != 0;
-    int64_t page;
-    int64_t offset = offset_;
-    if (listed) {
-      const int64_t slot = plan_.pages()[run.page_begin + run.first_slot + j_];
-      page = slot / page_size;
-      offset = slot % page_size;
-    } else {
-      page = plan_.pages()[page_index_];
-    }
+    const bool gathered = (run.kind & kGather) != 0;
+    if (gathered) enter_run();
+    const int64_t page =
+        gathered ? plan_.gather()[page_index_] / page_size : plan_.pages()[page_index_];
     const char* k = static_cast<const char*>(k_.data) +
-                    (page * k_.page_stride + offset * k_.slot_stride + head_k_) * element_size_;
+                    (page * k_.page_stride + offset_ * k_.slot_stride + head_k_) * element_size_;
     const char* v = static_cast<const char*>(v_.data) +
-                    (page * v_.page_stride + offset * v_.slot_stride + head_v_) * element_size_;
-    const int64_t count = listed ? 1
-                                 : std::min<int64_t>({page_size - offset, run.num_slots - j_, left_,
-                                                      kTileSlots - tile.count});
+                    (page * v_.page_stride + offset_ * v_.slot_stride + head_v_) * element_size_;
+    const int64_t together = gathered ? 1 : page_size - offset_;
+    const int64_t count =
+        std::min<int64_t>({together, run.num_slots - j_, left_, kTileSlots - tile.count});
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t word = visibility(run, j_ + i);
       if (word == 0 && !fixed_) continue;

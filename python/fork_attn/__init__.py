@@ -12,6 +12,7 @@ from fork_attn.branch import Branch
 from fork_attn.cache import CacheStats, ForkedKVCache
 from fork_attn.errors import (
     ConcurrentUse,
+    DeviceError,
     DuplicateBranch,
     ForeignBranch,
     ForkAttnError,
@@ -26,6 +27,7 @@ from fork_attn.errors import (
 )
 from fork_attn.ops import merge_states, tree_attention
 from fork_attn.plan import Plan
+from fork_attn.rope import Rope
 from fork_attn.step import Draft, Step
 
 __version__ = "0.1.0"
@@ -34,6 +36,7 @@ __all__ = [
     "Branch",
     "CacheStats",
     "ConcurrentUse",
+    "DeviceError",
     "Draft",
     "DuplicateBranch",
     "ForeignBranch",
@@ -44,6 +47,7 @@ __all__ = [
     "OutOfPages",
     "Plan",
     "PlanCapacityExceeded",
+    "Rope",
     "StaleBranch",
     "StalePlan",
     "Step",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -38,6 +39,10 @@ class Plan:
     page_size: int
     page_limit: int  # caches must have at least as many pages
     num_workers: int
+    # (n, 2) int32, or None: copies of query rows that the plan reads behind the rows themselves,
+    # each of a row, moved back by so many positions.
+    rotations: torch.Tensor | None = field(repr=False, default=None)
+    turns: dict[Any, Any] = field(repr=False, default_factory=dict)  # of rotations, by Rope
 
     @property
     def _slot_bytes(self) -> int:
@@ -126,8 +131,11 @@ def build_plan(
     group = shape.num_q_heads // shape.num_kv_heads
     sizes = (shape.num_kv_heads, group, shape.head_dim, shape.head_dim_v, shape.itemsize)
     data = core.build_plan(window or 0, sizes, target, num_workers, batch_invariant)
+    buffer = torch.frombuffer(data, dtype=torch.int64)
+    begin, count = data.rotations
+    words = buffer[begin : begin + count].view(torch.int32).view(count, 2) if count else None
     return Plan(
-        torch.frombuffer(data, dtype=torch.int64),
+        buffer,
         data.counts,
         tuple(data.span_ns),
         data.cost_ns,
@@ -136,4 +144,5 @@ def build_plan(
         page_size=page_size,
         page_limit=data.page_limit,
         num_workers=num_workers,
+        rotations=words,
     )

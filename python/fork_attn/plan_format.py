@@ -19,7 +19,7 @@ FULL = 0
 DIAGONAL = 1
 WINDOW = 2
 PER_SLOT = 4
-SLOT_LIST = 8
+GATHER = 8
 
 
 class PlanHeader(NamedTuple):
@@ -56,6 +56,8 @@ class PlanHeader(NamedTuple):
     off_q_rows: int
     num_rotations: int
     off_rotations: int
+    num_gather: int
+    off_gather: int
     tile_slots: int
 
 
@@ -72,6 +74,7 @@ class PlanSections(NamedTuple):
     run_masks: torch.Tensor  # (num_runs,) int64
     pages: torch.Tensor  # (num_pages,) int32: pages, and slots of SLOT_LIST runs
     words: torch.Tensor  # (num_words,) int64
+    gather: torch.Tensor  # (num_gather,) int32: slots of GATHER runs
     spans: torch.Tensor  # (num_spans + 1,) int32: first item of each span, and the end
     merge_indptr: torch.Tensor  # (num_tokens + 1,) int32
     merge_rows: torch.Tensor  # (num_merge_rows,) int32
@@ -137,6 +140,7 @@ def sections(buffer: torch.Tensor) -> PlanSections:
         run_masks=runs[:, 0],
         pages=ints(h.off_pages, h.num_pages),
         words=buffer[h.off_words : h.off_words + h.num_words],
+        gather=ints(h.off_gather, h.num_gather),
         spans=ints(h.off_spans, h.num_spans + 1),
         merge_indptr=ints(h.off_merge_indptr, h.num_tokens + 1),
         merge_rows=ints(h.off_merge_rows, h.num_merge_rows),
@@ -147,14 +151,6 @@ def run_at(plan: PlanSections, index: int) -> Run:
     """Run `index` of the plan."""
     mask = int(plan.run_masks[index]) & (2**64 - 1)
     return Run(mask, *plan.runs[index, 2:].tolist())
-
-
-def run_slots(plan: PlanSections, run: Run, page_size: int) -> torch.Tensor:
-    """Where a run's slots lie: (num_slots,) int64, counted as `page * page_size + offset`."""
-    at = torch.arange(run.first_slot, run.first_slot + run.num_slots)
-    if run.kind & SLOT_LIST:
-        return plan.pages[run.page_begin + at].long()
-    return plan.pages[run.page_begin + at // page_size].long() * page_size + at % page_size
 
 
 def bits(words: torch.Tensor, count: int) -> torch.Tensor:
@@ -182,38 +178,71 @@ def run_visibility(
         seen &= slots < run.diag + tokens[:, None]
     if run.kind & WINDOW:
         seen &= positions[:, None].long() - (run.first_position + slots) < window
-    if run.kind & PER_SLOT:
+    if run.kind & (PER_SLOT | GATHER):
         seen &= bits(plan.words[run.words_begin : run.words_begin + run.num_slots], num_tokens).T
     return seen
 
 
-def expand_plan(buffer: torch.Tensor) -> torch.Tensor:
-    """The dense mask that a plan stands for.
+def run_slots(plan: PlanSections, run: Run, page_size: int) -> torch.Tensor:
+    """(num_slots,) int64: the slots of a run, counted as `page * page_size + offset`."""
+    if run.kind & GATHER:
+        return plan.gather[run.page_begin : run.page_begin + run.num_slots].long()
+    at = torch.arange(run.first_slot, run.first_slot + run.num_slots)
+    return plan.pages[run.page_begin + at // page_size].long() * page_size + at % page_size
+
+
+def output_rows(buffer: torch.Tensor) -> torch.Tensor:
+    """(num_tokens + num_rotations,) int64: the output row of each row of the query tensor."""
+    h = header(buffer)
+    return torch.cat([torch.arange(h.num_tokens), sections(buffer).rotations[:, 0].long()])
+
+
+def expand_queries(buffer: torch.Tensor) -> torch.Tensor:
+    """Which row of the query tensor, rotated copies included, sees which slot.
 
     Args:
         buffer: (words,) int64 on the CPU.
 
     Returns:
-        (num_tokens, page_limit * page_size) bool: which query row sees which slot, counted as
+        (num_tokens + num_rotations, page_limit * page_size) bool; slots count as
             `page * page_size + offset`.
 
     Raises:
-        ValueError: not a plan, or a row would see the same slot twice.
+        ValueError: not a plan, or an output row would see the same slot twice.
         TypeError: `buffer` is not int64.
     """
     h = header(buffer)
     plan = sections(buffer)
-    mask = torch.zeros(h.num_tokens, h.page_limit * h.page_size, dtype=torch.bool)
+    num_slots = h.page_limit * h.page_size
+    mask = torch.zeros(h.num_tokens + h.num_rotations, num_slots, dtype=torch.bool)
+    outputs = output_rows(buffer)
+    seen_by = torch.zeros(h.num_tokens, num_slots, dtype=torch.int32)
     for block, run_begin, run_end, _ in plan.items.tolist():
-        token_begin, num_tokens = plan.blocks[block].tolist()
-        rows = plan.tokens[token_begin : token_begin + num_tokens].long()
-        positions = plan.positions[token_begin : token_begin + num_tokens]
+        begin, count = plan.blocks[block].tolist()
+        q_rows = plan.q_rows[begin : begin + count].long()
+        positions = plan.positions[begin : begin + count]
         for index in range(run_begin, run_end):
             run = run_at(plan, index)
             slots = run_slots(plan, run, h.page_size)
             seen = run_visibility(plan, run, positions, h.window)
-            where = (rows[:, None], slots[None, :])
-            if bool((mask[where] & seen).any()):
+            # A query may stand in a block more than once, for different slots.
+            t, j = seen.nonzero(as_tuple=True)
+            mask[q_rows[t], slots[j]] = True
+            where = (outputs[q_rows][:, None].expand_as(seen), slots.expand_as(seen))
+            seen_by.index_put_(where, seen.int(), accumulate=True)
+            if bool((seen_by[where] > 1).any()):
                 raise ValueError(f"plan: run {index} shows a row a slot that it sees already")
-            mask[where] |= seen
     return mask
+
+
+def expand_plan(buffer: torch.Tensor) -> torch.Tensor:
+    """The dense mask that a plan stands for, by output rows.
+
+    Returns:
+        (num_tokens, page_limit * page_size) bool; see `expand_queries`, whose errors it raises.
+    """
+    mask, rows = expand_queries(buffer), output_rows(buffer)
+    result = mask[: header(buffer).num_tokens].clone()
+    for row, seen in zip(rows[len(result) :].tolist(), mask[len(result) :], strict=True):
+        result[row] |= seen
+    return result

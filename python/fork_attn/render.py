@@ -26,9 +26,15 @@ def render_cache(cache: ForkedKVCache) -> str:
         below = children.get(branch.id, [])
         lines.append(
             f"{indent}branch {branch.id}: {branch.length} tokens on {branch.num_pages} pages, "
-            f"next position {branch.position}"
+            f"next position {branch.position}{_watches(branch)}"
         )
         base = indent.replace("├─ ", "│  ").replace("└─ ", "   ") if not is_root else ""
         for i, child in reversed(list(enumerate(below))):
             stack.append((child, base + ("└─ " if i == len(below) - 1 else "├─ "), False))
     return "\n".join(lines)
+
+
+def _watches(branch: Branch) -> str:
+    watched = branch.cache._core.watched(branch._handle)
+    names = ["one that was freed" if i < 0 else str(i) for i in watched]
+    return f", watches {' and '.join(names)}" if names else ""

@@ -32,7 +32,8 @@ class Walk {
     if (dice < 73) return reorder();
     if (dice < 82) return crop();
     if (dice < 86) return excise();
-    if (dice < 90) return set_position();
+    if (dice < 89) return set_position();
+    if (dice < 92) return watch();
     if (dice < 98) return deep_ ? fork() : free_some();
     if (dice < 99) return new_branch();
     stale();
@@ -106,8 +107,8 @@ class Walk {
     const int64_t total = w_.model.branches.at(h).length();
     const int64_t length = length_near(total);
     w_.expect(
-        "crop", unless(length >= 0 && length <= total), [&] { w_.core.crop(h, length); },
-        [&] { w_.model.crop(h, length); });
+        "crop", unless(length >= 0 && length <= total && !w_.model.watched(h)),
+        [&] { w_.core.crop(h, length); }, [&] { w_.model.crop(h, length); });
   }
 
   void excise() {
@@ -115,10 +116,23 @@ class Walk {
     const int64_t total = w_.model.branches.at(h).length();
     int64_t start = length_near(total);
     int64_t end = length_near(total);
+    const bool rebase = chance(50);
     if (start > end && !chance(5)) std::swap(start, end);
+    bool valid = 0 <= start && start <= end && end <= total && !w_.model.watched(h);
+    if (valid && rebase && start < end) valid = w_.model.can_close(h, start, end);
     w_.expect(
-        "excise", unless(0 <= start && start <= end && end <= total),
-        [&] { w_.core.excise(h, start, end); }, [&] { w_.model.excise(h, start, end); });
+        "excise", unless(valid), [&] { w_.core.excise(h, start, end, rebase); },
+        [&] { w_.model.excise(h, start, end, rebase); });
+  }
+
+  void watch() {
+    const Handle h = any_branch();
+    const Handle other = some_branches(1)[0];
+    const int64_t lag = chance(5) ? -1 : pick(3);
+    const bool rebase = chance(70);
+    w_.expect(
+        "watch", unless(h != other && !w_.model.watches(h, other) && lag >= 0),
+        [&] { w_.core.watch(h, other, lag, rebase); }, [&] { w_.model.watch(h, other, rebase); });
   }
 
   void set_position() {
@@ -138,19 +152,26 @@ class Walk {
     if (chance(2) && !all.empty()) all.push_back(all[0]);
     const auto mode = static_cast<JoinPosition>(pick(3));
     const int64_t given = chance(3) ? -1 - pick(2) : pick(100);
+    const auto rebase = static_cast<Rebase>(chance(40) ? 1 + pick(2) : 0);
     const std::set<Handle> distinct(all.begin(), all.end());
     std::optional<ErrorKind> want;
     if (distinct.size() != all.size()) {
       want = ErrorKind::kDuplicateBranch;
-    } else if (all.empty() || distinct.count(parent) != 0) {
+    } else if (w_.model.watched(parent) || all.empty() || distinct.count(parent) != 0 ||
+               w_.model.conflict(parent, all)) {
       want = ErrorKind::kValue;
     } else {
-      const int64_t position = w_.model.join_position(parent, all, mode, given);
-      want = unless(position >= 0 && position <= kMaxLength);
+      const int64_t position = w_.model.join_position(parent, all, mode, given, rebase);
+      int64_t end = 0;
+      if (rebase != Rebase::kNo) w_.model.laid(parent, all, rebase, end);
+      want = unless(position >= 0 && std::max(position, end) <= kMaxLength);
     }
+    const JoinRequest request{mode, given, rebase,
+                              [&](const std::vector<RotatedCopy>& copies) { w_.copy(copies); }};
+    if (!want && rebase == Rebase::kCopy && !w_.fits(parent, all)) want = ErrorKind::kOutOfPages;
     w_.expect(
-        "join", want, [&] { w_.core.join(parent, all, mode, given); },
-        [&] { w_.model.join(parent, all, mode, given); });
+        "join", want, [&] { w_.core.join(parent, all, request); },
+        [&] { w_.model.join(parent, all, mode, given, rebase); });
   }
 
   void select() {
@@ -160,7 +181,8 @@ class Walk {
     Handle child = valid ? below[pick(static_cast<int64_t>(below.size()))] : any_branch();
     std::vector<Handle> freed;
     w_.expect(
-        "select", unless(w_.model.descends(child, h)), [&] { freed = w_.core.select(h, child); },
+        "select", unless(w_.model.descends(child, h) && !w_.model.watched(h)),
+        [&] { freed = w_.core.select(h, child); },
         [&] {
           std::sort(freed.begin(), freed.end());
           EXPECT(freed == below);
@@ -184,6 +206,10 @@ class Walk {
       all.push_back(all[0]);
       indices.push_back(0);
       want = ErrorKind::kDuplicateBranch;
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        if (indices[i] != i && w_.model.watched(all[i])) want = ErrorKind::kValue;
+      }
     }
     w_.expect(
         "reorder", want, [&] { w_.core.reorder(all, indices); },
@@ -221,8 +247,9 @@ class Walk {
     w_.expect("free", want, [&] { w_.core.free(list); }, nothing);
     w_.expect("step", want, [&] { w_.core.open_step(request); }, nothing);
     const Handle live = any_branch();
-    w_.expect("join", want, [&] { w_.core.join(live, list, JoinPosition::kMax); }, nothing);
+    w_.expect("join", want, [&] { w_.core.join(live, list, {JoinPosition::kMax}); }, nothing);
     w_.expect("select", want, [&] { w_.core.select(live, h); }, nothing);
+    w_.expect("watch", want, [&] { w_.core.watch(live, h, 0, true); }, nothing);
   }
 
   // Mostly a few tokens, at times up to a share of the pool.
@@ -245,6 +272,10 @@ class Walk {
     return row;
   }
 
+  static const int32_t* parents_of(const RowPlan& row) {
+    return row.draft ? row.parents.data() : nullptr;
+  }
+
   void step() {
     if (chance(4)) return bad_step();
     std::vector<RowPlan> rows;
@@ -253,6 +284,15 @@ class Walk {
       if (w_.model.branches.at(h).position + row.num_tokens <= kMaxLength) rows.push_back(row);
     }
     if (rows.empty()) return;
+    for (RowPlan& a : rows) {  // neither may draft in a step of a watcher and whom it watches
+      for (RowPlan& b : rows) {
+        if (!w_.model.watches(a.branch, b.branch) || (!a.draft && !b.draft)) continue;
+        const std::vector<StepRequest> request{{a.branch, a.num_tokens, parents_of(a)},
+                                               {b.branch, b.num_tokens, parents_of(b)}};
+        w_.expect("step", ErrorKind::kUnsupported, [&] { w_.core.open_step(request); }, [] {});
+        return;
+      }
+    }
     w_.step(rows, !chance(12), [&] {
       if (chance(10)) during_step(rows);
     });
@@ -288,8 +328,9 @@ class Walk {
     refuse([&] { w_.core.new_branch(); });
     refuse([&] { w_.core.fork(h, 1); });
     refuse([&] { w_.core.fork_at(h, 0); });
-    refuse([&] { w_.core.join(h, list, JoinPosition::kMax); });
+    refuse([&] { w_.core.join(h, list, {JoinPosition::kMax}); });
     refuse([&] { w_.core.select(h, h); });
+    refuse([&] { w_.core.watch(h, h, 0, true); });
     refuse([&] { w_.core.reorder(list, zero); });
     refuse([&] { w_.core.crop(h, 0); });
     refuse([&] { w_.core.excise(h, 0, 0); });

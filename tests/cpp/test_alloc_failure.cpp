@@ -112,8 +112,23 @@ void scripted(TailPolicy tail, std::map<std::string, int64_t>& failures) {
       [&] { w.model.reorder(two, swapped); });
   const std::vector<Handle> joined{kids[1], kids[2]};
   w.expect(
-      "join", none, [&] { w.core.join(kids[0], joined, JoinPosition::kSum); },
+      "join", none, [&] { w.core.join(kids[0], joined, {JoinPosition::kSum}); },
       [&] { w.model.join(kids[0], joined, JoinPosition::kSum, 0); });
+  w.compare();
+  w.expect(
+      "fork", none, [&] { at = w.core.fork(kids[0], 1)[0]; }, [&] { w.model.fork(kids[0], at); });
+  w.step({{at, 3}, {kids[0], 1}}, true, [] {});
+  w.expect(
+      "watch", none, [&] { w.core.watch(kids[3], at, 0, true); },
+      [&] { w.model.watch(kids[3], at, true); });
+  w.step({{at, 2}, {kids[3], 2}}, true, [] {});
+  w.compare();
+  const std::vector<Handle> moved{at};
+  const JoinRequest copying{JoinPosition::kMax, 0, Rebase::kCopy,
+                            [&](const std::vector<RotatedCopy>& copies) { w.copy(copies); }};
+  w.expect(
+      "join copied", none, [&] { w.core.join(kids[0], moved, copying); },
+      [&] { w.model.join(kids[0], moved, JoinPosition::kMax, 0, Rebase::kCopy); });
   w.compare();
   w.expect(
       "select", none, [&] { w.core.select(root, kids[0]); },
@@ -173,8 +188,8 @@ int main(int argc, char** argv) {
   scripted(TailPolicy::kSeal, failures);
   scripted(TailPolicy::kCopy, failures);
   wide_steps();
-  for (const char* verb :
-       {"new_branch", "fork", "fork_at", "excise", "reorder", "join", "select", "step"}) {
+  for (const char* verb : {"new_branch", "fork", "fork_at", "excise", "reorder", "join",
+                           "join copied", "watch", "select", "step"}) {
     if (failures[verb] == 0) die(__FILE__, __LINE__, std::string(verb) + ": no allocation failed");
   }
   random_walk(seed, operations, failures);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from fork_attn.errors import Unsupported
 from fork_attn.hf import _link, attention
 from fork_attn.hf._hooks import install_hooks
 from fork_attn.hf._model_config import LayerShapes, check_supported, layer_shapes
+from fork_attn.hf._rope import find_ropes
 
 _UNITS = {
     "B": 1,
@@ -57,7 +60,8 @@ def attach(
         tail: what a write after a fork in mid-page does with the shared tail page, see
             `ForkedKVCache`.
         dtype: dtype of the stored keys and values, in which attention then runs; the model's own if
-            None.
+            None. float8_e4m3fn stores them in half the bytes of bf16, and attention runs in the
+            model's own dtype: see `ForkedKVCache.set_scales`.
         backend: the attention backend, see `ForkedKVCache`.
 
     Returns:
@@ -93,13 +97,15 @@ def attach(
         backend=backend,
     )
     _use_fork_attention(model)
+    name = type(model).__name__
+    cache._find_ropes = partial(find_ropes, weakref.ref(model), name, shapes.num_layers)
     link = _link.Link(
         cache=cache,
         model_name=type(model).__name__,
         num_layers=shapes.num_layers,
         sliding_windows=tuple(shapes.sliding_window),
         kv_dtype=kv_dtype,
-        cast=kv_dtype != model.dtype,
+        cast=kv_dtype not in (model.dtype, torch.float8_e4m3fn),
         vocab_size=text_config.vocab_size,
         keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ ATTENTION_NAME = "fork_attn"
 
 # Arguments with which a model changes its scores in ways that the cache's attention does not know.
 _UNKNOWN_SCORES = ("position_bias", "head_mask", "output_attentions")
+
+
+_records: dict[int, tuple[Tensor, Tensor]] | None = None  # see recording
 
 
 def fork_attention(
@@ -53,6 +57,8 @@ def fork_attention(
         ValueError: the layer's window is not the one that its config announced.
     """
     if fork_step is None:
+        if _records is not None:
+            _records[module.layer_idx] = (query, key)  # type: ignore[index]
         return _stock_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -71,6 +77,17 @@ def fork_attention(
         "sinks": kwargs.get("s_aux"),
     }
     return fork_step.attend(layer_idx, query, key, value, options), None
+
+
+@contextmanager
+def recording() -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Keeps the queries and keys, (batch, heads, seq, dim), of stock attention by layer."""
+    global _records
+    _records = {}
+    try:
+        yield _records
+    finally:
+        _records = None
 
 
 def _check_call(

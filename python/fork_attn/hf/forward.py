@@ -92,9 +92,7 @@ def join(
         parent.join(children, **kwargs)
     except BaseException:
         for branch, (length, position) in before.items():
-            branch.crop(length)
-            if branch.position != position:
-                branch.position = position
+            branch._take_back(length, position)
         raise
 
 
