@@ -181,7 +181,9 @@ def check_tiles(case: Case, plan: Plan, target: str) -> None:
             assert chunk == at
             hidden = lanes[len(own_lanes) :]  # lanes behind the row's end: others' or none
             assert lanes[: len(own_lanes)] == own_lanes and not any(hidden)
-            assert all(x == y for x, y, see in zip(slots, own_slots, own_lanes) if see)
+            assert all(
+                x == y for x, y, see in zip(slots, own_slots, own_lanes, strict=False) if see
+            )
         for at, item in enumerate(chunks[row]):  # several only from the context's beginning on
             assert at == 0 or len(set(item)) == 1
         wholes = [sorted(set(item)) for item in chunks[row]]
