@@ -265,27 +265,29 @@ void bind_step(py::class_<PyCore>& c) {
       .def("rollback_step", verb(&CacheCore::rollback_step))
       .def("build_plan", [](PyCore& self, int32_t window,
                             const std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>& shape,
-                            const std::string& target, int32_t workers) {
+                            const std::string& target, int32_t workers, bool batch_invariant) {
         Use use(self);
         const auto [num_kv_heads, group, head_dim, head_dim_v, itemsize] = shape;
         const TargetCosts& costs = target_costs(target);
-        return self.planner.build(
-            self.core,
-            {window, {num_kv_heads, group, head_dim, head_dim_v, itemsize}, &costs, workers});
+        return self.planner.build(self.core, {window,
+                                              {num_kv_heads, group, head_dim, head_dim_v, itemsize},
+                                              &costs,
+                                              workers,
+                                              batch_invariant});
       });
 }
 
 void bind_plan(py::module_& m) {
   m.def("target_costs", [](const std::string& name) {
     const TargetCosts& t = target_costs(name);
-    return py::dict(py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
-                    py::arg("spans_per_worker") = t.spans_per_worker,
-                    py::arg("bytes_per_ns") = t.bytes_per_ns,
-                    py::arg("flops_per_ns_small") = t.flops_per_ns_small,
-                    py::arg("flops_per_ns") = t.flops_per_ns,
-                    py::arg("row_quantum") = t.row_quantum, py::arg("load_rows") = t.load_rows,
-                    py::arg("ns_per_exp") = t.ns_per_exp, py::arg("item_ns") = t.item_ns,
-                    py::arg("tile_slots") = t.tile_slots, py::arg("gather_slots") = t.gather_slots);
+    return py::dict(
+        py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
+        py::arg("spans_per_worker") = t.spans_per_worker, py::arg("bytes_per_ns") = t.bytes_per_ns,
+        py::arg("flops_per_ns_small") = t.flops_per_ns_small,
+        py::arg("flops_per_ns") = t.flops_per_ns, py::arg("row_quantum") = t.row_quantum,
+        py::arg("load_rows") = t.load_rows, py::arg("ns_per_exp") = t.ns_per_exp,
+        py::arg("item_ns") = t.item_ns, py::arg("tile_slots") = t.tile_slots,
+        py::arg("chunk_slots") = t.chunk_slots, py::arg("gather_slots") = t.gather_slots);
   });
   py::class_<PlanData>(m, "PlanData", py::buffer_protocol())
       .def_buffer([](PlanData& self) {

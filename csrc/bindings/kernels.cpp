@@ -72,6 +72,12 @@ void bind_kernels(py::module_& m) {
         py::arg("sinks_ptr"), py::arg("k_scale_ptr"), py::arg("v_scale_ptr"), py::arg("dtype"),
         py::arg("kv_dtype"), py::arg("num_q_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
         py::arg("head_dim_v"), py::arg("softmax_scale"), py::arg("softcap"));
+  m.def(
+      "advise_huge_pages",
+      [](std::uintptr_t data, int64_t bytes) {
+        cpu::advise_huge_pages(pointer<void>(data), bytes);
+      },
+      py::arg("data_ptr"), py::arg("num_bytes"));
   m.def("merge_states_cpu", &merge_states_cpu, py::arg("out_ptr"), py::arg("lse_ptr"),
         py::arg("num_states"), py::arg("rows"), py::arg("num_heads"), py::arg("dim"),
         py::arg("merged_out_ptr"), py::arg("merged_lse_ptr"));

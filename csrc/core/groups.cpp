@@ -5,7 +5,7 @@
 
 namespace fork_attn {
 
-void Groups::build(const CacheCore& core, int32_t window) {
+void Groups::clear(const CacheCore& core, int32_t window) {
   core_ = &core;
   window_ = window;
   nodes_.clear();
@@ -23,6 +23,11 @@ void Groups::build(const CacheCore& core, int32_t window) {
   ranges_.clear();
   pieces_.clear();
   group_of_set_.clear();
+  parents_first.clear();
+}
+
+void Groups::build(const CacheCore& core, int32_t window) {
+  clear(core, window);
   node_of_link_.assign(core.store().links.size(), -1);
   collect_nodes();
   order_rows();
@@ -259,14 +264,15 @@ void Groups::build_tree() {
   crossed.assign(order.size(), 0);
   std::vector<int32_t> nested;
   for (std::size_t g = 0; g < groups.size(); ++g) {
-    (rows(groups[g]).size() == 1 ? nested : outside).push_back(static_cast<int32_t>(g));
+    if (rows(groups[g]).size() > 1) outside.push_back(static_cast<int32_t>(g));
   }
   const auto range = [&](int32_t g) { return ranges_[groups[g].rows_begin]; };
-  std::sort(nested.begin(), nested.end(), [&](int32_t a, int32_t b) {
-    const RowRange x = range(a);
-    const RowRange y = range(b);
-    return x.begin != y.begin ? x.begin < y.begin : x.end > y.end;
-  });
+  for (const int32_t last : last_of_begin_) {
+    const auto first = static_cast<std::ptrdiff_t>(nested.size());
+    for (int32_t g = last; g >= 0; g = groups[g].next_same_begin) nested.push_back(g);
+    std::sort(nested.begin() + first, nested.end(),
+              [&](int32_t a, int32_t b) { return range(a).end > range(b).end; });
+  }
   std::vector<int32_t> path;
   std::size_t kept = 0;
   for (const int32_t g : nested) {

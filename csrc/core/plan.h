@@ -29,6 +29,9 @@
 // A query row served by exactly one item is written directly by it (its CSR range is empty). A row
 // served by several items has one partial row in each; partial row r holds (num_q_heads,
 // head_dim_v) fp32 values and num_q_heads natural-log LSEs.
+//
+// A batch-invariant plan (tile_slots > 0) promises more, so that a row's result depends on its own
+// context alone: see docs/plan.md.
 #pragma once
 
 #include <cstdint>
@@ -73,7 +76,8 @@ struct PlanHeader {
   int32_t off_rotations;
   int32_t num_gather;
   int32_t off_gather;
-  int32_t reserved[15];
+  int32_t tile_slots;  // of a batch-invariant plan: every run begins a tile of so many; else 0
+  int32_t reserved[14];
 };
 static_assert(sizeof(PlanHeader) == 192);
 
@@ -115,7 +119,7 @@ struct PlanRun {
   int32_t kind;  // PlanRunKind bits
   int32_t diag;
   int32_t words_begin;
-  int32_t reserved;
+  int32_t chunk;  // of a batch-invariant plan: which cut of the context; else 0
 };
 static_assert(sizeof(PlanRun) == 40);
 

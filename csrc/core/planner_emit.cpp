@@ -134,6 +134,10 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
     count_run(runs_[i]);
     if ((runs_[i].kind & kGather) == 0) name_pages(runs_[i], source_of_run_[i]);
   }
+  add_block_tokens();
+}
+
+void Planner::add_block_tokens() {
   blocks_.push_back({static_cast<int32_t>(tokens_.size()), block_count_});
   for (int32_t t = 0; t < block_count_; ++t) {
     const Token& token = block_first_[t];
@@ -304,13 +308,13 @@ void Planner::count_run(const PlanRun& run) {
   }
 }
 
-void Planner::count_unique() {
-  for (const Group& group : groups_.groups) {
+void Planner::count_unique(const Groups& groups) {
+  for (const Group& group : groups.groups) {
     const int64_t slots = group.slots - group.fresh;
     counts_.unique_slots += slots;
     int64_t tokens = 0;
-    for (const RowRange& rows : groups_.rows(group))
-      tokens += groups_.token_begin[rows.end] - groups_.token_begin[rows.begin];
+    for (const RowRange& rows : groups.rows(group))
+      tokens += groups.token_begin[rows.end] - groups.token_begin[rows.begin];
     counts_.tile_unique_slots += (tokens + max_tokens_ - 1) / max_tokens_ * slots;
   }
   if (!groups_.fresh.empty()) count_fresh();

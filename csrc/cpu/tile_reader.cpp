@@ -22,6 +22,7 @@ TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, 
       element_size_(element_size(params.kv_dtype)),
       head_k_(kv_head * params.k_cache.head_stride),
       head_v_(kv_head * params.v_cache.head_stride),
+      fixed_(plan_.header().tile_slots > 0),
       run_(item.run_begin),
       left_(num_slots(plan_, item)) {
   const PlanBlock& block = plan_.blocks()[item.block];
@@ -73,8 +74,10 @@ bool TileReader::next(Tile& tile) {
       ++run_;
       j_ = 0;
       enter_run();
+      if (fixed_ && tile.count > 0) break;
       continue;
     }
+    if (tile.count == 0) tile.chunk = run.chunk;
     const bool gathered = (run.kind & kGather) != 0;
     if (gathered) enter_run();
     const int64_t page =
@@ -88,7 +91,7 @@ bool TileReader::next(Tile& tile) {
         std::min<int64_t>({together, run.num_slots - j_, left_, kTileSlots - tile.count});
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t word = visibility(run, j_ + i);
-      if (word == 0) continue;
+      if (word == 0 && !fixed_) continue;
       tile.k[tile.count] = k + i * k_.slot_stride * element_size_;
       tile.v[tile.count] = v + i * v_.slot_stride * element_size_;
       tile.words[tile.count++] = word;

@@ -57,7 +57,8 @@ class ForkedKVCache:
         tail: what a writer does with a part-filled page that it shares and cannot go on in: "seal"
             takes a fresh page, "copy" copies it (copy-on-write), which keeps page tables dense.
         backend: see `tree_attention`.
-        batch_invariant: not part of this version.
+        batch_invariant: a row's output and LSE are the same bits whatever else is in the step, and
+            whoever shares its context; somewhat slower (docs/plan.md).
         num_workers: workers that plans are balanced for; None means the device's cores.
         rope: how the layers' keys turn with their positions, for `join(rebase=...)`, `watch` and
             `excise(rebase=True)`; None: not known, so that these are refused.
@@ -100,12 +101,16 @@ class ForkedKVCache:
             raise TypeError(f"dtype: expected {wanted}, got {dtype}")
         if tail not in ("seal", "copy"):
             raise ValueError(f"tail: expected 'seal' or 'copy', got {tail!r}")
-        if batch_invariant:
-            raise Unsupported("batch_invariant=True is not part of this version")
+        if not isinstance(batch_invariant, bool):
+            got = type(batch_invariant).__name__
+            raise TypeError(f"batch_invariant: expected a bool, got {got}")
+        self.batch_invariant = batch_invariant
         self.dtype = dtype
         self.device = torch.device(device)
         self.tail = tail
         self.backend = ops.resolve_backend(backend, self.device)
+        if batch_invariant and self.backend != "cpu":
+            raise Unsupported(f"batch_invariant=True: backend {self.backend!r} does not promise it")
         if self.device.type not in ("cpu", "meta"):
             raise Unsupported(f"device {self.device}: no GPU backend is part of this version")
         workers = torch.get_num_threads() if num_workers is None else num_workers

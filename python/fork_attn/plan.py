@@ -118,17 +118,19 @@ def build_plan(
     page_size: int,
     target: str,
     num_workers: int,
+    batch_invariant: bool = False,
 ) -> Plan:
     """The plan of the core's open step for one kind of layer, on a target of the cost table.
 
     Raises:
         ValueError: an unknown target, no workers, a window below 1.
+        Unsupported: `batch_invariant` with contexts that see tokens at shifted positions.
     """
     if window is not None and window < 1:
         raise ValueError(f"window: expected None or at least 1, got {window}")
     group = shape.num_q_heads // shape.num_kv_heads
     sizes = (shape.num_kv_heads, group, shape.head_dim, shape.head_dim_v, shape.itemsize)
-    data = core.build_plan(window or 0, sizes, target, num_workers)
+    data = core.build_plan(window or 0, sizes, target, num_workers, batch_invariant)
     buffer = torch.frombuffer(data, dtype=torch.int64)
     begin, count = data.rotations
     words = buffer[begin : begin + count].view(torch.int32).view(count, 2) if count else None

@@ -133,7 +133,13 @@ class Step:
         if key not in self._plans:
             self._require_open("plan_for")
             self._plans[key] = build_plan(
-                cache._core, layer.window, shape, cache.page_size, "cpu", cache.num_workers
+                cache._core,
+                layer.window,
+                shape,
+                cache.page_size,
+                "cpu",
+                cache.num_workers,
+                cache.batch_invariant,
             )
         return self._plans[key]
 

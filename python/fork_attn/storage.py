@@ -8,7 +8,7 @@ from typing import Any, TypeVar, Union
 
 import torch
 
-from fork_attn import checks, kv_library  # noqa: F401 - defines the ops
+from fork_attn import _C, checks, kv_library  # noqa: F401 - defines the ops
 from fork_attn.plan import PlanShape
 from fork_attn.quantise import E4M3, calibrate
 from fork_attn.rope import Rope, turn_of
@@ -176,6 +176,9 @@ class KVStorage:
             ).transpose(1, 2)
             for dim in (layer.head_dim, layer.head_dim_v)
         )
+        if self.device.type == "cpu":
+            for cache in layer.caches():
+                _C.advise_huge_pages(cache.data_ptr(), cache.numel() * cache.element_size())
 
     def _caches(self) -> list[torch.Tensor]:
         if self.device.type == "meta":
