@@ -20,7 +20,7 @@ LAYERS = (
     ("errors", "_env", "_C"),
     ("checks",),
     ("plan", "plan_format"),
-    ("storage",),
+    ("storage", "streams"),
     ("kernels",),
     ("ops", "reference", "reference_cache"),
     ("render", "branch", "step", "cache"),

@@ -234,6 +234,18 @@ void bind_step(py::class_<PyCore>& c) {
              Use use(self);
              self.core.accept(row, path);
            })
+      .def("defer_frees", verb(&CacheCore::defer_frees))
+      .def("close_epoch", [](PyCore& self) { return self.core.close_epoch(); })
+      .def("end_epoch", [](PyCore& self, int64_t epoch) { return self.core.end_epoch(epoch); })
+      .def("pending_pages",
+           [](const PyCore& self) {
+             std::vector<std::pair<int32_t, int64_t>> out;  // page, epoch
+             for (const PendingPage& p : self.core.store().pages.pending())
+               out.emplace_back(p.page, p.epoch);
+             return out;
+           })
+      .def("report_reusable", verb(&CacheCore::report_reusable))
+      .def("take_reusable", verb(&CacheCore::take_reusable))
       .def("commit_step", verb(&CacheCore::commit_step))
       .def("rollback_step", verb(&CacheCore::rollback_step))
       .def("build_plan", [](PyCore& self, int32_t window,

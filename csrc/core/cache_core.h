@@ -113,6 +113,14 @@ class CacheCore {
   void commit_step();
   void rollback_step();
   bool step_open() const noexcept { return step_open_; }
+
+  // Pages freed from now on wait for other streams: see PagePool. None of these changes what any
+  // branch sees.
+  void defer_frees() { store_.pages.defer(); }
+  int64_t close_epoch() noexcept { return store_.pages.close_epoch(); }
+  int32_t end_epoch(int64_t epoch) noexcept { return store_.pages.end_epoch(epoch); }
+  void report_reusable() { store_.pages.report_reusable(); }
+  std::vector<int32_t> take_reusable() { return store_.pages.take_reusable(); }
   const Step& step() const noexcept { return step_; }
 
   bool alive(Handle branch) const noexcept { return find(branch) != kNone; }
@@ -165,6 +173,7 @@ class CacheCore {
   void validate_request(const StepRequest& request, int64_t total) const;
   void lay_out(StepRow& row) noexcept;
   int64_t pages_needed(const StepRow& row) const noexcept;
+  Error out_of_pages(int64_t needed) const;
   void reserve_row(const StepRow& row);
   void collect_origins(const StepRow& row, std::vector<Origin>& out) const;
   void fill_row(StepRow& row) noexcept;

@@ -122,6 +122,11 @@ void CacheCore::check() const {
     expect(!owned[page] && !store_.pages.live(page), "a free page is in use or listed twice", page);
     owned[page] = 1;
   }
+  for (const PendingPage& p : store_.pages.pending()) {
+    expect(!owned[p.page] && !store_.pages.live(p.page), "a pending page is in use or listed twice",
+           p.page);
+    owned[p.page] = 1;
+  }
   for (int32_t page = 0; page < store_.pages.num_pages(); ++page)
     expect(owned[page] != 0, "a page leaked", page);
 }
@@ -161,6 +166,10 @@ uint64_t CacheCore::digest() const {
     }
   }
   for (const int32_t page : store_.pages.free_list()) h.add(page);
+  for (const PendingPage& p : store_.pages.pending()) {
+    h.add(p.page);
+    h.add(p.epoch);
+  }
   h.add(next_serial_);
   h.add(step_open_);
   for (const int32_t page : step_.pages) h.add(page);

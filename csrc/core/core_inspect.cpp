@@ -109,7 +109,8 @@ CoreStats CacheCore::stats() const {
   CoreStats stats{};
   stats.pages_total = store_.pages.num_pages();
   stats.pages_free = store_.pages.num_free();
-  stats.pages_live = stats.pages_total - stats.pages_free;
+  stats.pages_pending = store_.pages.num_pending();
+  stats.pages_live = stats.pages_total - stats.pages_free - stats.pages_pending;
   stats.segments = static_cast<int64_t>(store_.segments.count());
   stats.links = static_cast<int64_t>(store_.links.count());
   stats.branches = static_cast<int64_t>(branches_.count());

@@ -131,6 +131,23 @@ void CacheCore::fill_row(StepRow& row) noexcept {
   }
 }
 
+Error CacheCore::out_of_pages(int64_t needed) const {
+  const int64_t free = store_.pages.num_free();
+  const int64_t pending = store_.pages.num_pending();
+  std::string what = "step: needs " + std::to_string(needed) + " pages, " + std::to_string(free) +
+                     " of " + std::to_string(store_.pages.num_pages()) + " are free";
+  if (pending != 0) {
+    what += " and " + std::to_string(pending) + " wait for other streams to finish with them";
+  }
+  what += needed <= free + pending ? "; step(..., wait=True) waits for those"
+                                   : "; free or crop branches, or make the cache larger";
+  Error e(ErrorKind::kOutOfPages, what);
+  e.needed = needed;
+  e.free = free;
+  e.pending = pending;
+  return e;
+}
+
 void CacheCore::open_step(std::span<const StepRequest> requests) {
   require_no_step("step");
   if (requests.empty())
@@ -178,14 +195,7 @@ void CacheCore::open_step(std::span<const StepRequest> requests) {
     step_.rows.push_back(row);
   }
   if (needed > store_.pages.num_free()) {
-    Error e(ErrorKind::kOutOfPages,
-            "step: needs " + std::to_string(needed) + " pages, " +
-                std::to_string(store_.pages.num_free()) + " of " +
-                std::to_string(store_.pages.num_pages()) +
-                " are free; free or crop branches, or make the cache larger");
-    e.needed = needed;
-    e.free = store_.pages.num_free();
-    throw e;
+    throw out_of_pages(needed);
   }
   staged_.reserve(requests.size());
   for (const StepRow& row : step_.rows) reserve_row(row);

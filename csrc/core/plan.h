@@ -12,7 +12,8 @@
 //   num_tokens + i, the copy that rotation i makes. A plan without rotations shares the section
 //   `tokens`
 // * rotations[num_rotations], PlanRotation: queries that see some slots at a shifted position
-// * positions[num_block_tokens], int32: position of that query, shift taken off, for sliding windows
+// * positions[num_block_tokens], int32: position of that query, shift taken off, for sliding
+// windows
 // * items[num_items], PlanItem: a row block and consecutive runs
 // * runs[num_runs], PlanRun: slots, and which of the block's tokens see them
 // * pages[num_pages], int32: physical pages; a run indexes into this list

@@ -154,6 +154,7 @@ class Branch:
         else:
             core.join(self._handle, handles, "given", integer("position", position, low=0))
         cache._forget(handles)
+        cache._freed()
 
     def select(self, child: Branch) -> None:
         """The branch takes the context of `child`, and every branch forked from it, `child`
@@ -167,6 +168,7 @@ class Branch:
         cache = self.cache
         (handle,) = cache._handles("child", [child])
         cache._forget(cache._verb().select(self._handle, handle))
+        cache._freed()
 
     def crop(self, length: int) -> None:
         """Keeps the first `length` tokens of the context, across forks and joins; position follows
@@ -176,6 +178,7 @@ class Branch:
             ValueError: `length` is not within 0 to the branch's length.
         """
         self.cache._verb().crop(self._handle, integer("length", length, low=0))
+        self.cache._freed()
 
     def excise(self, start: int, end: int) -> None:
         """Drops the tokens [start, end) of the context; all others keep their positions (TIM, arXiv
@@ -186,6 +189,7 @@ class Branch:
         """
         low, high = integer("start", start, low=0), integer("end", end, low=0)
         self.cache._verb().excise(self._handle, low, high)
+        self.cache._freed()
 
     def page_table(self) -> torch.Tensor:
         """(num_pages,) int32: the pages of the context in order, token t in slot t % page_size of
@@ -200,7 +204,7 @@ class Branch:
         return torch.tensor(self.cache._core.page_table(self._handle), dtype=torch.int32)
 
     def free(self) -> None:
-        """Releases the branch; pages that no other branch sees return to the pool at once."""
+        """Releases the branch; pages that no other branch sees return to the pool."""
         self.cache.free([self])
 
 

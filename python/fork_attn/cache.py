@@ -10,10 +10,11 @@ import torch
 
 from fork_attn import _C, checks, ops
 from fork_attn.branch import Branch, make_branch
-from fork_attn.errors import ForeignBranch, StalePlan, Unsupported
+from fork_attn.errors import ForeignBranch, OutOfPages, StalePlan, Unsupported
 from fork_attn.render import render_cache
 from fork_attn.step import Draft, Step
 from fork_attn.storage import KVStorage, Layer, PerLayer, make_layers
+from fork_attn.streams import OtherStreams
 
 
 class CacheStats(NamedTuple):
@@ -94,7 +95,7 @@ class ForkedKVCache:
         if batch_invariant:
             raise Unsupported("batch_invariant=True is not part of this version")
         self.dtype = dtype
-        self.device = torch.device(device)
+        self.device = _with_index(torch.device(device))
         self.tail = tail
         self.backend = ops.resolve_backend(backend, self.device)
         if self.device.type not in ("cpu", "meta"):
@@ -111,6 +112,8 @@ class ForkedKVCache:
             lazy=self._lazy_storage,
         )
         self._core = _C.CacheCore(self.num_pages, self.page_size, tail == "copy")
+        self._streams = OtherStreams(self._core)
+        self._own_stream = _current_stream(self.device)
         self._refs: dict[int, weakref.ref[Branch]] = {}
         self._dropped: list[int] = []
         self._step_ref: weakref.ref[Step] | None = None
@@ -145,13 +148,15 @@ class ForkedKVCache:
         """A branch with an empty context."""
         return self._adopt(self._verb().new_branch())
 
-    def step(self, tokens: Mapping[Branch, int | Draft]) -> Step:
+    def step(self, tokens: Mapping[Branch, int | Draft], *, wait: bool = False) -> Step:
         """Reserves slots for new tokens of some branches. Use as `with cache.step({a: 1, b: 3}) as
         step:`.
 
         Args:
             tokens: number of new tokens, or a draft tree, of each branch. The mapping's order is
                 the order of rows.
+            wait: where free pages do not do but pages that other streams still read would, wait
+                for those streams instead of raising (see `record_stream`).
 
         Raises:
             OutOfPages: the pool cannot hold them; nothing was changed.
@@ -161,7 +166,15 @@ class ForkedKVCache:
         core = self._verb()
         if isinstance(tokens, Mapping):
             tokens = dict(tokens)  # one reading: its order is the order of rows
-        num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
+        if self._streams:
+            self._streams.poll()
+        try:
+            num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
+        except OutOfPages as e:
+            if not wait or e.needed > e.free + e.pending:
+                raise
+            self._streams.wait(e.needed - e.free)
+            num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
         try:
             step = Step(self, tuple(tokens), num_tokens)
             copies = core.step_copies()
@@ -170,6 +183,7 @@ class ForkedKVCache:
         except BaseException:
             if core.step_open:
                 core.rollback_step()
+                self._freed()
             raise
         self._step_ref = weakref.ref(step)
         return step
@@ -253,6 +267,7 @@ class ForkedKVCache:
         handles = self._handles("branches", branches)
         targets = [checks.integer("indices", i, low=-(2**31)) for i in indices]
         self._verb().reorder(handles, targets)
+        self._freed()
 
     def free(self, branches: Iterable[Branch]) -> None:
         """Releases branches, all or none; pages that no other branch sees return at once.
@@ -263,10 +278,35 @@ class ForkedKVCache:
         handles = self._handles("branches", branches)
         self._verb().free(handles)
         self._forget(handles)
+        self._freed()
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Announces a stream, besides the cache's own, whose work reads or writes the cache's
+        pages.
+
+        Pages freed from now on are not reused before all work that is queued on the stream when
+        they are freed has finished. The cache's own stream is the one that was current when the
+        cache was made; what runs there is in order and waits for nothing. Work on an announced
+        stream is ordered behind the own stream's by the caller, as for any tensor
+        (`stream.wait_stream`).
+
+        Raises:
+            TypeError, ValueError: not a CUDA stream of the cache's device.
+        """
+        if not isinstance(stream, torch.cuda.Stream):
+            raise TypeError(f"stream: expected a torch.cuda.Stream, got {type(stream).__name__}")
+        if stream.device != self.device:
+            raise ValueError(f"stream: expected one of {self.device}, got one of {stream.device}")
+        if stream == self._own_stream:
+            return
+        self._streams.add(stream)
+        self._storage.record_stream(stream)
 
     def stats(self) -> CacheStats:
         """Counts of pages, segments and branches, and the bytes of live KV."""
         self._free_dropped()
+        if self._streams:
+            self._streams.poll()
         counts = self._core.stats()
         pages_live = counts[2]
         return CacheStats(*counts, pages_live * self._storage.page_bytes)
@@ -299,6 +339,12 @@ class ForkedKVCache:
             # A select may have freed a branch in the moment before its last reference went.
             self._core.free([handle for handle in dropped if self._core.alive(handle)])
             del self._dropped[: len(dropped)]
+            self._freed()
+
+    def _freed(self) -> None:
+        """Follows every call of the core that may have freed pages."""
+        if self._streams:
+            self._streams.mark()
 
     def _drop(self, handle: int) -> None:
         if self._refs.pop(handle, None) is not None:
@@ -337,3 +383,14 @@ class ForkedKVCache:
         rows = (step.num_tokens, layer.num_kv_heads)
         checks.tensor("k", k, shape=(*rows, layer.head_dim), dtype=self.dtype, device=self.device)
         checks.tensor("v", v, shape=(*rows, layer.head_dim_v), dtype=self.dtype, device=self.device)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """ "cuda" as the device that it stands for now."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -71,6 +71,7 @@ class KVStorage:
         self.page_size = page_size
         self.dtype = dtype
         self.device = device
+        self._streams: list[torch.cuda.Stream] = []
         if not lazy:
             for layer in layers:
                 self._allocate(layer)
@@ -118,6 +119,12 @@ class KVStorage:
                 paged_argument(cache), src.data_ptr(), dst.data_ptr(), len(src), *_page_shape(cache)
             )
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """K and V, of layers yet to come too, outlive the work queued on a stream."""
+        self._streams.append(stream)
+        for cache in self._caches():
+            cache.record_stream(stream)
+
     def _allocate(self, layer: Layer) -> None:
         layer.k_cache, layer.v_cache = (
             torch.empty(
@@ -127,6 +134,9 @@ class KVStorage:
             ).transpose(1, 2)
             for dim in (layer.head_dim, layer.head_dim_v)
         )
+        for stream in self._streams:
+            for cache in layer.caches():
+                cache.record_stream(stream)
 
     def _caches(self) -> list[torch.Tensor]:
         if self.device.type == "meta":
