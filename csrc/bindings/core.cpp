@@ -250,14 +250,44 @@ void bind_step(py::class_<PyCore>& c) {
       .def("rollback_step", verb(&CacheCore::rollback_step))
       .def("build_plan", [](PyCore& self, int32_t window,
                             const std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>& shape,
-                            const std::string& target, int32_t workers) {
+                            const std::string& target, int32_t workers, bool resident) {
         Use use(self);
         const auto [num_kv_heads, group, head_dim, head_dim_v, itemsize] = shape;
         const TargetCosts& costs = target_costs(target);
         return self.planner.build(
             self.core,
-            {window, {num_kv_heads, group, head_dim, head_dim_v, itemsize}, &costs, workers});
-      });
+            {window, {num_kv_heads, group, head_dim, head_dim_v, itemsize}, &costs, workers,
+                         resident});
+      }, py::arg("window"), py::arg("shape"), py::arg("target"), py::arg("workers"),
+           py::arg("resident") = false);
+}
+
+// News of the page lists for the device: how many entries and moves, and the arrays themselves, (n,)
+// int64 each: where, and the page (int32); from, to and count.
+void bind_arena(py::class_<PyCore>& c) {
+  c.def("arena_news",
+        [](const PyCore& self) {
+          const PageArena& arena = self.core.store().arena;
+          return py::make_tuple(arena.size(), arena.entries().size(), arena.moves().size());
+        })
+      .def("take_arena_news",
+           [](PyCore& self, std::uintptr_t at, std::uintptr_t page, std::uintptr_t moves) {
+             PageArena& arena = self.core.store().arena;
+             auto* where = reinterpret_cast<int64_t*>(at);
+             auto* what = reinterpret_cast<int32_t*>(page);
+             for (const PageEntry& e : arena.entries()) {
+               *where++ = e.at;
+               *what++ = e.page;
+             }
+             auto* row = reinterpret_cast<int64_t*>(moves);
+             for (const PageMove& m : arena.moves()) {
+               *row++ = m.from;
+               *row++ = m.to;
+               *row++ = m.count;
+             }
+             arena.told();
+           })
+      .def("forget_arena", [](PyCore& self) { self.core.store().arena.forget(); });
 }
 
 void bind_plan(py::module_& m) {
@@ -311,6 +341,7 @@ void bind_core(py::module_& m) {
   bind_verbs(core);
   bind_queries(core);
   bind_step(core);
+  bind_arena(core);
   bind_plan(m);
 }
 

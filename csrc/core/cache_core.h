@@ -58,6 +58,7 @@ struct StepRow {
   int32_t accepted;       // tokens that commit keeps; -1: a draft that nobody accepted yet
   Index cut_link;         // copy-on-write: the link in which the copied page begins, else kNone
   int32_t cut_slot;       // first slot of that page
+  mutable ArenaPlace place;  // of a new segment's page list on the device, until it has one
 };
 
 struct PageCopy {
@@ -71,6 +72,7 @@ struct SlotMove {
 };
 
 struct Step {
+  uint64_t serial = 0;  // the step's own number
   std::vector<StepRow> rows;
   std::vector<int32_t> pages;
   std::vector<int32_t> parents;

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "page_arena.h"
 #include "page_pool.h"
 #include "pool.h"
 
@@ -31,6 +32,7 @@ struct Segment {
   int32_t length = 0;      // slots in use: the largest visible end
   int32_t copied_end = 0;  // some copy remembers slots below this one by our uid
   Index first_link = kNone;
+  mutable ArenaPlace place;  // of `pages` on the device
   bool claimed = false;  // a row of the open step writes on in it
   bool frozen =
       false;  // remembered slots were dropped: writing them again would forge their identity
@@ -85,6 +87,7 @@ class ContextStore {
   Pool<Segment> segments;
   Pool<Link> links;
   PagePool pages;
+  mutable PageArena arena;  // plans tell the device of page lists, and change nothing else
 
  private:
   void unlink(const Link& link) noexcept;

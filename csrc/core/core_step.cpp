@@ -208,6 +208,7 @@ void CacheCore::open_step(std::span<const StepRequest> requests) {
 
   undo.core = nullptr;
   step_open_ = true;
+  ++step_.serial;
   for (StepRow& row : step_.rows) fill_row(row);
 }
 
@@ -241,6 +242,9 @@ Index CacheCore::new_head(const StepRow& row, Staged& staged, int32_t num_tokens
   Segment& s = store_.segments[segment];
   s.pages.swap(staged.pages);
   s.origins.swap(staged.origins);
+  s.place = row.place;
+  s.place.known = std::min(s.place.known, static_cast<int32_t>(s.pages.size()));
+  row.place = {};
   Index parent = b.head;
   if (row.cut_link != kNone) {
     const Link l = store_.links[row.cut_link];
@@ -297,7 +301,11 @@ void CacheCore::rollback_step() {
 
 void CacheCore::close_step() noexcept {
   for (const StepRow& row : step_.rows) {
-    if (row.segment != kNone) store_.segments[row.segment].claimed = false;
+    store_.arena.give(row.place);
+    if (row.segment == kNone) continue;
+    Segment& s = store_.segments[row.segment];
+    s.claimed = false;
+    s.place.known = std::min(s.place.known, static_cast<int32_t>(s.pages.size()));
   }
   step_.rows.clear();
   step_.pages.clear();

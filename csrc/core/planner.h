@@ -19,6 +19,7 @@ struct PlanRequest {
   LayerShape shape;
   const TargetCosts* target;
   int32_t workers;
+  bool resident = false;  // runs index the arena of page lists (page_arena.h), not the plan's own
 };
 
 // Exact counts; multiply slots by the bytes of one slot's K and V over all KV heads.
@@ -81,6 +82,7 @@ class Planner {
   int32_t source_of_segment(Index segment);
   int32_t source_of_row(int32_t row);
   void lay_out_pages();
+  void place_lists();
   void append_pages(const PageSource& source, std::vector<int32_t>& out) const;
   int32_t position(const Token& token) const;
   // planner_cut.cpp

@@ -75,8 +75,16 @@ class CacheCore:
     def commit_step(self) -> None: ...
     def rollback_step(self) -> None: ...
     def build_plan(
-        self, window: int, shape: tuple[int, int, int, int, int], target: str, workers: int, /
+        self,
+        window: int,
+        shape: tuple[int, int, int, int, int],
+        target: str,
+        workers: int,
+        resident: bool = False,
     ) -> PlanData: ...
+    def arena_news(self) -> tuple[int, int, int]: ...  # array's size, new entries, moves
+    def take_arena_news(self, at: int, page: int, moves: int, /) -> None: ...
+    def forget_arena(self) -> None: ...
 
 def tree_attention_cpu(
     plan_ptr: int,
