@@ -16,7 +16,16 @@ import fork_attn as fa
 from fork_attn import _C
 from fork_attn.branch import Branch
 from fork_attn.plan import Plan, PlanShape, build_plan
-from fork_attn.plan_format import PlanHeader, PlanSections, header, run_at, run_visibility, sections
+from fork_attn.plan_format import (
+    GATHER,
+    PlanHeader,
+    PlanSections,
+    header,
+    run_at,
+    run_slots,
+    run_visibility,
+    sections,
+)
 
 TARGETS = ("cpu", "sm_80", "sm_90", "sm_100")
 WINDOWS = (None, None, 1, 7, 300)
@@ -143,9 +152,7 @@ def expand(plan: Plan, num_slots: int) -> torch.Tensor:
         rows = s.tokens[begin : begin + count].long()
         for index in range(run_begin, run_end):
             run = run_at(s, index)
-            at = torch.arange(run.first_slot, run.first_slot + run.num_slots)
-            slots = s.pages[run.page_begin + at // h.page_size].long() * h.page_size
-            slots += at % h.page_size
+            slots = run_slots(s, run, h.page_size)
             positions = s.positions[begin : begin + count]
             times[rows[:, None], slots] += run_visibility(s, run, positions, h.window).int()
     return times
@@ -187,6 +194,11 @@ def check_structure(plan: Plan) -> None:
             run = run_at(s, index)
             assert run.mask and run.mask >> int(s.blocks[block, 1]) == 0
             assert run.num_slots >= 1 and 0 <= run.first_slot < h.page_size
+            if run.kind & GATHER:
+                assert (run.kind, run.first_slot) == (GATHER, 0)
+                assert 0 <= run.page_begin <= h.num_gather - run.num_slots
+                assert 0 <= run.words_begin <= h.num_words - run.num_slots
+                continue
             last = run.page_begin + (run.first_slot + run.num_slots - 1) // h.page_size
             assert 0 <= run.page_begin <= last < h.num_pages
             assert int(s.pages[run.page_begin : last + 1].min()) >= 0

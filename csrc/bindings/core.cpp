@@ -299,7 +299,8 @@ void bind_plan(py::module_& m) {
         py::arg("flops_per_ns_small") = t.flops_per_ns_small,
         py::arg("flops_per_ns") = t.flops_per_ns, py::arg("row_quantum") = t.row_quantum,
         py::arg("load_rows") = t.load_rows, py::arg("ns_per_exp") = t.ns_per_exp,
-        py::arg("item_ns") = t.item_ns, py::arg("tile_slots") = t.tile_slots);
+        py::arg("item_ns") = t.item_ns, py::arg("tile_slots") = t.tile_slots,
+        py::arg("gather_slots") = t.gather_slots);
   });
   py::class_<PlanData>(m, "PlanData", py::buffer_protocol())
       .def_buffer([](PlanData& self) {

@@ -18,11 +18,13 @@
 // * runs[num_runs], PlanRun: slots, and which of the block's tokens see them
 // * pages[num_pages], int32: physical pages; a run indexes into this list. A plan whose page lists
 //   stay on the device (num_pages = 0) comes with them as an array of its own
-// * words[num_words], uint64: per-slot visibility words of kPerSlot runs
+// * words[num_words], uint64: per-slot visibility words of kPerSlot and kGather runs
 // * spans[num_spans + 1], int32: first item of each span, and the end; spans are predicted to take
 //   the same time, and one worker takes one span for one KV head
 // * merge_indptr[num_tokens + 1], int32: CSR over query rows into merge_rows
 // * merge_rows[num_merge_rows], int32: partial rows that make up a query row, in merge order
+//
+// Every query row is in some block of some item, be it an item without runs.
 //
 // A query row served by exactly one item is written directly by it (its CSR range is empty). A row
 // served by several items has one partial row in each; partial row r holds (num_q_heads,
@@ -69,7 +71,9 @@ struct PlanHeader {
   int32_t off_q_rows;
   int32_t num_rotations;
   int32_t off_rotations;
-  int32_t reserved[17];
+  int32_t num_gather;
+  int32_t off_gather;
+  int32_t reserved[15];
 };
 static_assert(sizeof(PlanHeader) == 192);
 
@@ -97,8 +101,10 @@ struct PlanItem {
 //   bit t of `mask`;
 //   kDiagonal: j < diag + t;
 //   kWindow:   positions[t] - (first_position + j) < window;
-//   kPerSlot:  bit t of words[words_begin + j].
-enum PlanRunKind : int32_t { kFull = 0, kDiagonal = 1, kWindow = 2, kPerSlot = 4 };
+//   kPerSlot, kGather: bit t of words[words_begin + j].
+// Slot j of a kGather run, which has no other kind, is gather[page_begin + j]: short pieces that
+// share tiles.
+enum PlanRunKind : int32_t { kFull = 0, kDiagonal = 1, kWindow = 2, kPerSlot = 4, kGather = 8 };
 
 struct PlanRun {
   uint64_t mask;

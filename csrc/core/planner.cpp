@@ -46,6 +46,7 @@ void Planner::reset(const CacheCore& core, const PlanRequest& request) {
   sources_.clear();
   source_of_run_.clear();
   words_.clear();
+  gather_.clear();
 }
 
 PlanData Planner::build(const CacheCore& core, const PlanRequest& request) {

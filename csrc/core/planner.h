@@ -76,6 +76,11 @@ class Planner {
   bool merge_run(const PlanRun& run, int32_t source);
   void add_run(const PlanRun& run, int32_t source);
   void name_pages(const PlanRun& run, int32_t source);
+  // planner_gather.cpp
+  void gather_short_runs(int32_t first_run);
+  void gather_slots(const PlanRun& run, int32_t source, int32_t from);
+  uint64_t visibility(const PlanRun& run, int32_t j) const;
+  int32_t physical_page(const PageSource& source, int32_t at) const;
   uint64_t mask_of(const Group& group) const;
   void count_run(const PlanRun& run);
   void count_unique();
@@ -115,6 +120,7 @@ class Planner {
   std::vector<PlanItem> items_;
   std::vector<PlanRun> runs_;
   std::vector<uint64_t> words_;
+  std::vector<int32_t> gather_;
   std::vector<int32_t> spans_;
   std::vector<double> span_ns_;
   std::vector<int32_t> merge_indptr_;

@@ -19,11 +19,12 @@ struct RunCursor {
       PlanRun part = *run;
       const int64_t n = std::min<int64_t>(slots, part.num_slots - into);
       const int64_t slot = part.first_slot + into;
-      part.page_begin += static_cast<int32_t>(slot / page_size);
-      part.first_slot = static_cast<int32_t>(slot % page_size);
+      const bool gathered = (part.kind & kGather) != 0;
+      part.page_begin += static_cast<int32_t>(gathered ? into : slot / page_size);
+      part.first_slot = gathered ? 0 : static_cast<int32_t>(slot % page_size);
       part.first_position += static_cast<int32_t>(into);
       part.diag -= static_cast<int32_t>(into);
-      if ((part.kind & kPerSlot) != 0) part.words_begin += static_cast<int32_t>(into);
+      if ((part.kind & (kPerSlot | kGather)) != 0) part.words_begin += static_cast<int32_t>(into);
       part.num_slots = static_cast<int32_t>(n);
       out.push_back(part);
       slots -= n;
@@ -250,6 +251,8 @@ void Planner::serialise(PlanData& out) const {
   h.off_merge_indptr = writer.section(merge_indptr_);
   h.off_merge_rows = writer.section(merge_rows_);
   h.off_rotations = static_cast<int32_t>(out.buffer.size());
+  h.num_gather = static_cast<int32_t>(gather_.size());
+  h.off_gather = writer.section(gather_);
   h.total_words = static_cast<int32_t>(out.buffer.size());
   std::copy_n(reinterpret_cast<const char*>(&h), sizeof(h),
               reinterpret_cast<char*>(out.buffer.data()));

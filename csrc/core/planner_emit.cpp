@@ -58,6 +58,7 @@ void Planner::lay_out_pages() {
     next += std::max(0, source.end - source.first);
   }
   for (std::size_t i = 0; i < runs_.size(); ++i) {
+    if ((runs_[i].kind & kGather) != 0) continue;
     const PageSource& source = sources_[source_of_run_[i]];
     runs_[i].page_begin += source.begin - source.first;
   }
@@ -138,8 +139,12 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
     items_.pop_back();
     return;
   }
+  gather_short_runs(first_run);
   items_.back().run_end = static_cast<int32_t>(runs_.size());
-  for (int32_t i = first_run; i < items_.back().run_end; ++i) count_run(runs_[i]);
+  for (int32_t i = first_run; i < items_.back().run_end; ++i) {
+    count_run(runs_[i]);
+    if ((runs_[i].kind & kGather) == 0) name_pages(runs_[i], source_of_run_[i]);
+  }
   blocks_.push_back({static_cast<int32_t>(tokens_.size()), block_count_});
   for (int32_t t = 0; t < block_count_; ++t) {
     const Token& token = block_first_[t];
@@ -227,7 +232,6 @@ void Planner::push_run(PlanRun run, int32_t source, int64_t first_position) {
 void Planner::add_run(const PlanRun& run, int32_t source) {
   runs_.push_back(run);
   source_of_run_.push_back(source);
-  name_pages(run, source);
 }
 
 void Planner::name_pages(const PlanRun& run, int32_t source) {
@@ -252,7 +256,6 @@ bool Planner::merge_run(const PlanRun& run, int32_t source) {
   last.diag = run.diag + last.num_slots;
   last.num_slots += run.num_slots;
   last.kind |= run.kind;
-  name_pages(run, source);
   return true;
 }
 
@@ -263,7 +266,7 @@ void Planner::count_run(const PlanRun& run) {
     counts_.visible_pairs += int64_t{std::popcount(run.mask)} * run.num_slots;
     return;
   }
-  if ((run.kind & kPerSlot) != 0) {
+  if ((run.kind & (kPerSlot | kGather)) != 0) {
     for (int32_t j = 0; j < run.num_slots; ++j)
       counts_.visible_pairs += std::popcount(words_[run.words_begin + j]);
     return;

@@ -19,6 +19,7 @@ class PlanView {
   const PlanItem* items() const { return section<PlanItem>(header().off_items); }
   const PlanRun* runs() const { return section<PlanRun>(header().off_runs); }
   const int32_t* pages() const { return section<int32_t>(header().off_pages); }
+  const int32_t* gather() const { return section<int32_t>(header().off_gather); }
   const uint64_t* words() const { return section<uint64_t>(header().off_words); }
   const int32_t* merge_indptr() const { return section<int32_t>(header().off_merge_indptr); }
   const int32_t* merge_rows() const { return section<int32_t>(header().off_merge_rows); }

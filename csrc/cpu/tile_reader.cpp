@@ -31,8 +31,13 @@ TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, 
 
 void TileReader::enter_run() {
   const PlanRun& run = plan_.runs()[run_];
-  const int64_t slot = run.first_slot + j_;
   const int32_t page_size = plan_.header().page_size;
+  if ((run.kind & kGather) != 0) {  // one slot at a time
+    page_index_ = run.page_begin + static_cast<int32_t>(j_);
+    offset_ = plan_.gather()[page_index_] % page_size;
+    return;
+  }
+  const int64_t slot = run.first_slot + j_;
   page_index_ = run.page_begin + static_cast<int32_t>(slot / page_size);
   offset_ = static_cast<int32_t>(slot % page_size);
 }
@@ -52,7 +57,7 @@ uint64_t TileReader::visibility(const PlanRun& run, int64_t j) const {
       }
     }
   }
-  if (run.kind & kPerSlot) word &= plan_.words()[run.words_begin + j];
+  if (run.kind & (kPerSlot | kGather)) word &= plan_.words()[run.words_begin + j];
   return word;
 }
 
@@ -68,13 +73,17 @@ bool TileReader::next(Tile& tile) {
       enter_run();
       continue;
     }
-    const int64_t page = plan_.pages()[page_index_];
+    const bool gathered = (run.kind & kGather) != 0;
+    if (gathered) enter_run();
+    const int64_t page =
+        gathered ? plan_.gather()[page_index_] / page_size : plan_.pages()[page_index_];
     const char* k = static_cast<const char*>(k_.data) +
                     (page * k_.page_stride + offset_ * k_.slot_stride + head_k_) * element_size_;
     const char* v = static_cast<const char*>(v_.data) +
                     (page * v_.page_stride + offset_ * v_.slot_stride + head_v_) * element_size_;
+    const int64_t together = gathered ? 1 : page_size - offset_;
     const int64_t count = std::min<int64_t>(
-        {page_size - offset_, run.num_slots - j_, left_, kTileSlots - tile.count});
+        {together, run.num_slots - j_, left_, kTileSlots - tile.count});
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t word = visibility(run, j_ + i);
       if (word == 0) continue;

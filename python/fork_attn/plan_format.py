@@ -19,6 +19,7 @@ FULL = 0
 DIAGONAL = 1
 WINDOW = 2
 PER_SLOT = 4
+GATHER = 8
 
 
 class PlanHeader(NamedTuple):
@@ -55,6 +56,8 @@ class PlanHeader(NamedTuple):
     off_q_rows: int
     num_rotations: int
     off_rotations: int
+    num_gather: int
+    off_gather: int
 
 
 class PlanSections(NamedTuple):
@@ -70,6 +73,7 @@ class PlanSections(NamedTuple):
     run_masks: torch.Tensor  # (num_runs,) int64
     pages: torch.Tensor  # (num_pages,) int32
     words: torch.Tensor  # (num_words,) int64
+    gather: torch.Tensor  # (num_gather,) int32: slots of GATHER runs
     spans: torch.Tensor  # (num_spans + 1,) int32: first item of each span, and the end
     merge_indptr: torch.Tensor  # (num_tokens + 1,) int32
     merge_rows: torch.Tensor  # (num_merge_rows,) int32
@@ -134,6 +138,7 @@ def sections(buffer: torch.Tensor) -> PlanSections:
         run_masks=runs[:, 0],
         pages=ints(h.off_pages, h.num_pages),
         words=buffer[h.off_words : h.off_words + h.num_words],
+        gather=ints(h.off_gather, h.num_gather),
         spans=ints(h.off_spans, h.num_spans + 1),
         merge_indptr=ints(h.off_merge_indptr, h.num_tokens + 1),
         merge_rows=ints(h.off_merge_rows, h.num_merge_rows),
@@ -171,9 +176,17 @@ def run_visibility(
         seen &= slots < run.diag + tokens[:, None]
     if run.kind & WINDOW:
         seen &= positions[:, None].long() - (run.first_position + slots) < window
-    if run.kind & PER_SLOT:
+    if run.kind & (PER_SLOT | GATHER):
         seen &= bits(plan.words[run.words_begin : run.words_begin + run.num_slots], num_tokens).T
     return seen
+
+
+def run_slots(plan: PlanSections, run: Run, page_size: int) -> torch.Tensor:
+    """(num_slots,) int64: the slots of a run, counted as `page * page_size + offset`."""
+    if run.kind & GATHER:
+        return plan.gather[run.page_begin : run.page_begin + run.num_slots].long()
+    at = torch.arange(run.first_slot, run.first_slot + run.num_slots)
+    return plan.pages[run.page_begin + at // page_size].long() * page_size + at % page_size
 
 
 def expand_plan(buffer: torch.Tensor) -> torch.Tensor:
@@ -199,9 +212,7 @@ def expand_plan(buffer: torch.Tensor) -> torch.Tensor:
         positions = plan.positions[token_begin : token_begin + num_tokens]
         for index in range(run_begin, run_end):
             run = run_at(plan, index)
-            at = torch.arange(run.first_slot, run.first_slot + run.num_slots)
-            pages = plan.pages[run.page_begin + at // h.page_size].long()
-            slots = pages * h.page_size + at % h.page_size
+            slots = run_slots(plan, run, h.page_size)
             seen = run_visibility(plan, run, positions, h.window)
             where = (rows[:, None], slots[None, :])
             if bool((mask[where] & seen).any()):

@@ -9,6 +9,7 @@ import torch
 
 from fork_attn.plan_format import (
     FULL,
+    GATHER,
     HEADER_WORDS,
     MAX_BLOCK_TOKENS,
     PER_SLOT,
@@ -22,7 +23,10 @@ ALL_TOKENS = 2**64 - 1
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run; `pages` are physical, the first one holds slot 0 at offset `first_slot`."""
+    """One run; `pages` are physical, the first one holds slot 0 at offset `first_slot`.
+
+    Slot j of a GATHER run is `pages[j]`, a slot and not a page.
+    """
 
     pages: Sequence[int]
     num_slots: int
@@ -31,7 +35,7 @@ class RunSpec:
     mask: int = ALL_TOKENS  # bits beyond the block's tokens are cleared
     kind: int = FULL
     diag: int = 0
-    words: Sequence[int] = ()  # unsigned, one for each slot of a PER_SLOT run
+    words: Sequence[int] = ()  # unsigned, one for each slot of a PER_SLOT or GATHER run
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,20 @@ class BlockSpec:
     rows: Sequence[int]
     positions: Sequence[int]
     items: Sequence[Sequence[RunSpec]]
+    q_rows: Sequence[int] | None = None  # of the query tensor, where these are not `rows`
 
 
 @dataclass
 class _Lists:
     blocks: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    q_rows: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     items: list[list[int]] = field(default_factory=list)
     runs: list[tuple[int, list[int]]] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
+    gather: list[int] = field(default_factory=list)
 
 
 def build_plan(
@@ -62,16 +69,20 @@ def build_plan(
     page_size: int,
     window: int = 0,
     partials: bool = False,
+    rotations: Sequence[tuple[int, int]] = (),
+    span_items: int = 1,
 ) -> torch.Tensor:
     """Lays a plan out as csrc/core/plan.h describes.
 
     Args:
         blocks: row blocks; a query row may stand in several, its results are merged in this order.
-        num_tokens: query rows of the step; rows in no block see nothing.
+        num_tokens: query rows of the step; rows in no block see nothing, in an item of their own.
         group: query heads per KV head.
         page_size: slots in a page.
         window: sliding window in positions, for runs of kind WINDOW.
         partials: items write partial rows even where a row has only one item.
+        rotations: (row, shift) of the query rows from `num_tokens` on.
+        span_items: items of a span.
 
     Returns:
         (words,) int64.
@@ -80,10 +91,15 @@ def build_plan(
         ValueError: a block or run contradicts itself.
     """
     lists = _Lists()
+    missing = sorted(set(range(num_tokens)).difference(*(block.rows for block in blocks)))
+    for begin in range(0, len(missing), MAX_BLOCK_TOKENS):
+        rows = missing[begin : begin + MAX_BLOCK_TOKENS]
+        blocks = [*blocks, BlockSpec(rows, [0] * len(rows), [[]])]
     for index, block in enumerate(blocks):
         _check_block(block, num_tokens, page_size)
         lists.blocks += [len(lists.tokens), len(block.rows)]
         lists.tokens += block.rows
+        lists.q_rows += block.rows if block.q_rows is None else block.q_rows
         lists.positions += block.positions
         for runs in block.items:
             begin = len(lists.runs)
@@ -97,10 +113,10 @@ def build_plan(
         "group": group,
         "page_size": page_size,
         "window": window,
-        "page_limit": 1 + max(lists.pages, default=-1),
+        "page_limit": 1 + max([*lists.pages, *(s // page_size for s in lists.gather)], default=-1),
         "max_block_tokens": max(lists.blocks[1::2], default=0),
     }
-    return _serialise(lists, merge_lists, sizes)
+    return _serialise(lists, merge_lists, sizes, rotations, span_items)
 
 
 def _check_block(block: BlockSpec, num_tokens: int, page_size: int) -> None:
@@ -111,18 +127,20 @@ def _check_block(block: BlockSpec, num_tokens: int, page_size: int) -> None:
     if len(set(block.rows)) != len(block.rows) or not all(0 <= r < num_tokens for r in block.rows):
         raise ValueError(f"block: expected distinct rows below {num_tokens}: {list(block.rows)}")
     for run in (run for runs in block.items for run in runs):
-        fits = run.first_slot + run.num_slots <= len(run.pages) * page_size
+        slots = len(run.pages) * (1 if run.kind & GATHER else page_size)
+        fits = run.first_slot + run.num_slots <= slots
         if run.num_slots < 1 or not 0 <= run.first_slot < page_size or not fits:
             raise ValueError(f"run: slots do not fit its pages of {page_size}: {run}")
-        if run.kind & PER_SLOT and len(run.words) != run.num_slots:
+        if run.kind & (PER_SLOT | GATHER) and len(run.words) != run.num_slots:
             raise ValueError(f"run: expected {run.num_slots} words, got {len(run.words)}")
 
 
 def _add_run(lists: _Lists, run: RunSpec, num_tokens: int) -> None:
-    where = [len(lists.pages), run.first_slot, run.num_slots, run.first_position]
+    pages = lists.gather if run.kind & GATHER else lists.pages
+    where = [len(pages), run.first_slot, run.num_slots, run.first_position]
     rest = [*where, run.kind, run.diag, len(lists.words), 0]
     lists.runs.append((run.mask & ((1 << num_tokens) - 1), rest))
-    lists.pages += run.pages
+    pages += run.pages
     lists.words += run.words
 
 
@@ -160,21 +178,31 @@ def _signed(word: int) -> int:
     return word - 2**64 if word >= 2**63 else word
 
 
-def _serialise(lists: _Lists, merge_lists: list[list[int]], sizes: dict[str, int]) -> torch.Tensor:
+def _serialise(
+    lists: _Lists,
+    merge_lists: list[list[int]],
+    sizes: dict[str, int],
+    rotations: Sequence[tuple[int, int]],
+    span_items: int,
+) -> torch.Tensor:
     indptr = [0]
     for rows in merge_lists:
         indptr.append(indptr[-1] + len(rows))
     empty = torch.empty(0, dtype=torch.int64)
+    spans = [*range(0, len(lists.items), span_items), len(lists.items)]
     runs = [torch.cat([torch.tensor([_signed(mask)]), _words(rest)]) for mask, rest in lists.runs]
     parts = {
         "blocks": _words(lists.blocks),
         "tokens": _words(lists.tokens),
+        "q_rows": _words(lists.q_rows),
         "positions": _words(lists.positions),
         "items": _words([value for item in lists.items for value in item]),
         "runs": torch.cat([empty, *runs]),
         "pages": _words(lists.pages),
         "words": torch.tensor([_signed(word) for word in lists.words], dtype=torch.int64),
-        "spans": _words(range(len(lists.items) + 1)),
+        "gather": _words(lists.gather),
+        "rotations": _words([value for rotation in rotations for value in rotation]),
+        "spans": _words(spans),
         "merge_indptr": _words(indptr),
         "merge_rows": _words([row for rows in merge_lists for row in rows]),
     }
@@ -194,10 +222,9 @@ def _serialise(lists: _Lists, merge_lists: list[list[int]], sizes: dict[str, int
         num_pages=len(lists.pages),
         num_words=len(lists.words),
         num_merge_rows=indptr[-1],
-        num_spans=len(lists.items),
-        off_q_rows=offsets["off_tokens"],
-        num_rotations=0,
-        off_rotations=end,
+        num_spans=len(spans) - 1,
+        num_rotations=len(rotations),
+        num_gather=len(lists.gather),
         **sizes,
         **offsets,
     )

@@ -1,0 +1,293 @@
+"""Chooses the body of the tree attention kernel for a plan, and launches it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from fork_attn.errors import Unsupported
+from fork_attn.kernels.tree_attention import tree_attention_kernel
+
+MAX_HEAD_DIM = 256
+FP8 = torch.float8_e4m3fn
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Body:
+    """How one compiled kernel tiles its work."""
+
+    rows: int  # query rows (tokens x group) of a tile
+    slots: int  # KV slots of a tile
+    warps: int
+    stages: int  # tiles of K and V in flight
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Memory that launches on one stream share; the kernel leaves the counters at zero."""
+
+    partial_out: torch.Tensor  # (partial rows, num_q_heads, head_dim_v) fp32
+    partial_lse: torch.Tensor  # (partial rows, num_q_heads) fp32
+    counters: torch.Tensor  # (T, num_kv_heads) int32, zero before the first launch
+
+    @classmethod
+    def allocate(
+        cls,
+        num_partial_rows: int,
+        num_tokens: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim_v: int,
+        device: torch.device,
+    ) -> Workspace:
+        """Room for plans of so many partial rows and tokens."""
+        rows = (num_partial_rows, num_q_heads)
+        return cls(
+            torch.empty((*rows, head_dim_v), dtype=torch.float32, device=device),
+            torch.empty(rows, dtype=torch.float32, device=device),
+            torch.zeros((num_tokens, num_kv_heads), dtype=torch.int32, device=device),
+        )
+
+
+def choose_body(
+    rows: int, head_dim: int, head_dim_v: int, itemsize: int, kv_itemsize: int, sm: int
+) -> Body:
+    """The body for row blocks of up to `rows` rows (tokens x group).
+
+    The least of 16, 32, 64 and 128 rows that holds a block, so that K and V are read once; a wider
+    one in several passes where registers or shared memory do not allow that: fp32 (no tensor cores
+    at full precision) above 32 rows, and 128 rows of heads above 128. Tiles of 128 rows and of
+    heads above 128 take 8 warps. Tiles have 64 slots, or 32 where two stages of 64 do not fit.
+
+    Args:
+        itemsize: bytes of an element of q.
+        kv_itemsize: bytes of an element of K and V.
+        sm: compute capability, 80, 90, ...
+    """
+    widest = max(head_dim, head_dim_v)
+    most = 128
+    if itemsize == 4:
+        most = 32 if widest <= 128 else 16
+    elif widest > 128:
+        most = 64
+    tile = next(size for size in (16, 32, 64, 128) if size >= min(rows, most))
+    warps = 8 if tile == 128 or (tile == 64 and widest > 128) else 4
+    slots = 32 if itemsize == 4 or (widest > 128 and sm < 90) else 64
+    stage = slots * (padded(head_dim) + padded(head_dim_v)) * kv_itemsize
+    budget = 160 * 1024 if sm < 90 else 220 * 1024
+    fixed = tile * padded(head_dim) * itemsize + tile * slots * itemsize
+    stages = max(1, min(3, (budget - fixed) // stage))
+    return Body(tile, slots, warps, stages)
+
+
+def padded(dim: int) -> int:
+    """The tile width of a head dimension: a power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def tma_applies(k_cache: torch.Tensor, v_cache: torch.Tensor, body: Body, sm: int) -> bool:
+    """Whether descriptors can load K and V: sm_90 on, pages of whole tiles, unpadded heads, rows of
+    one pitch that begin on 16 bytes, fewer than 2**31 of them."""
+    if sm < 90 or k_cache.shape[1] % body.slots != 0:
+        return False
+    for cache in (k_cache, v_cache):
+        page, slot, head, _ = cache.stride()
+        dim, size = cache.shape[3], cache.element_size()
+        if dim != padded(dim) or cache.data_ptr() % 16 or slot * size % 16 or slot < dim:
+            return False
+        if page % slot or head % slot or num_rows(cache) >= 2**31:
+            return False
+    return True
+
+
+def num_rows(cache: torch.Tensor) -> int:
+    """Rows, one slot stride apart, from the first to the last of a paged tensor."""
+    page, slot, head, _ = cache.stride()
+    num_pages, page_size, num_heads, _ = cache.shape
+    return 1 + ((num_pages - 1) * page + (page_size - 1) * slot + (num_heads - 1) * head) // slot
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> int:
+    """Of a CUDA device: 80, 90, ...; under the interpreter, which runs on the CPU, 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def check_supported(
+    device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, head_dims: tuple[int, int]
+) -> None:
+    """Raises Unsupported, by name, for what the kernel cannot do.
+
+    Args:
+        dtype: of q.
+        kv_dtype: of K and V.
+        head_dims: of K and of V.
+    """
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        raise Unsupported(
+            f"backend 'triton' cannot attend on {device}: expected a CUDA device, or the CPU with "
+            "TRITON_INTERPRET=1 set before Triton is imported"
+        )
+    for name, dim in zip(("head_dim", "head_dim_v"), head_dims, strict=True):
+        if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
+            expected = f"a multiple of 8 up to {MAX_HEAD_DIM}"
+            raise Unsupported(f"{name}: backend 'triton' expected {expected}, got {dim}")
+    if kv_dtype == FP8 and compute_capability(device) < 89:
+        raise Unsupported(
+            "k_cache: backend 'triton' reads float8_e4m3fn from sm_89 on, got "
+            f"sm_{compute_capability(device)}"
+        )
+
+
+def tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: torch.Tensor,
+    pages: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    workspace: Workspace,
+    *,
+    num_programs: int,
+    max_block_tokens: int,
+    page_size: int,
+    group: int,
+    window: int,
+    softmax_scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    use_tma: bool | None = None,
+) -> None:
+    """One launch: attention over a plan, partial results merged inside.
+
+    Args:
+        q: (rows, num_q_heads, head_dim); the step's rows, then those that the plan's rotations add.
+        k_cache: (num_pages, page_size, num_kv_heads, head_dim), last dimension contiguous.
+        v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise.
+        plan: (words,) int64 on the device; may be longer than the plan that it holds.
+        pages: (n,) int32: physical pages, which the plan's runs index.
+        out: (T, num_q_heads, head_dim_v), written. Rows past the plan's get 0.
+        lse: (T, num_q_heads) fp32 contiguous, written; rows past the plan's get -inf or the sink.
+        workspace: at least the plan's partial rows, and T rows of counters.
+        num_programs: of the grid.
+        max_block_tokens: no row block of the plan has more tokens.
+        page_size, group, window: the plan's.
+        softmax_scale, softcap: softcap 0 means none.
+        sinks: (num_q_heads,) fp32 or None.
+        k_scale, v_scale: (num_kv_heads,) fp32 factors of K and V, or None.
+        use_tma: load whole tiles by descriptors; None: where that applies (`tma_applies`).
+
+    Raises:
+        Unsupported: see `check_supported`.
+        ValueError: `use_tma` where it does not apply.
+    """
+    head_dim, head_dim_v = q.shape[2], v_cache.shape[3]
+    check_supported(q.device, q.dtype, k_cache.dtype, (head_dim, head_dim_v))
+    sm = compute_capability(q.device)
+    body = choose_body(
+        max_block_tokens * group, head_dim, head_dim_v, q.element_size(), k_cache.element_size(), sm
+    )
+    applies = tma_applies(k_cache, v_cache, body, sm)
+    if use_tma and not applies:
+        raise ValueError("use_tma: descriptors cannot load these tensors (see tma_applies)")
+    tma = applies if use_tma is None else use_tma
+    tree_attention_kernel[(num_programs,)](
+        q,
+        k_cache,
+        v_cache,
+        _descriptor(k_cache, body) if tma else None,
+        _descriptor(v_cache, body) if tma else None,
+        plan,
+        pages,
+        out,
+        lse,
+        workspace.partial_out,
+        workspace.partial_lse,
+        workspace.counters,
+        sinks,
+        k_scale,
+        v_scale,
+        out.shape[0],
+        k_cache.shape[2],
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        *out.stride()[:2],
+        softmax_scale,
+        softcap,
+        num_warps=body.warps,
+        **constants(
+            body,
+            group=group,
+            page_size=page_size,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            max_block_tokens=max_block_tokens,
+            window=window > 0,
+            softcap=softcap > 0,
+            sinks=sinks is not None,
+            k_scale=k_scale is not None,
+            v_scale=v_scale is not None,
+            tma=tma,
+            fp32=q.dtype == torch.float32,
+        ),
+    )
+
+
+def constants(
+    body: Body,
+    *,
+    group: int,
+    page_size: int,
+    head_dim: int,
+    head_dim_v: int,
+    max_block_tokens: int,
+    window: bool,
+    softcap: bool,
+    sinks: bool,
+    k_scale: bool,
+    v_scale: bool,
+    tma: bool,
+    fp32: bool,
+) -> dict[str, Any]:
+    """The kernel's compile-time arguments."""
+    return {
+        "GROUP": group,
+        "PAGE_SIZE": page_size,
+        "D": head_dim,
+        "DV": head_dim_v,
+        "BLOCK_D": padded(head_dim),
+        "BLOCK_DV": padded(head_dim_v),
+        "BLOCK_M": body.rows,
+        "BLOCK_N": body.slots,
+        "BLOCK_T": 32 if max_block_tokens <= 32 else 64,
+        "WIDE": max_block_tokens > 32,
+        "HAS_WINDOW": window,
+        "HAS_SOFTCAP": softcap,
+        "HAS_SINKS": sinks,
+        "HAS_K_SCALE": k_scale,
+        "HAS_V_SCALE": v_scale,
+        "TMA": tma,
+        "STAGES": body.stages,
+        "PRECISION": "ieee" if fp32 else "tf32",
+    }
+
+
+def _descriptor(cache: torch.Tensor, body: Body) -> Any:
+    """A paged tensor as rows of one pitch, loaded a tile at a time."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    slot, dim = cache.stride(1), cache.shape[3]
+    return TensorDescriptor(cache, [num_rows(cache), dim], [slot, 1], [body.slots, dim])

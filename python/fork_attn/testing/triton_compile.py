@@ -1,0 +1,102 @@
+"""Compiles a Triton kernel for a GPU that is not there, and reads what came out.
+
+TRITON_INTERPRET must not be set when the kernel's module is imported.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_OPERATION = re.compile(
+    r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Resources of a compiled kernel, and how many instructions of a kind it has."""
+
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    shared: int  # bytes per program
+    instructions: int
+    spills: int  # local loads and stores
+    hgmma: int  # warpgroup products
+    hmma: int  # warp products of 16-bit elements
+    tcgen05: int
+    tma_loads: int
+    wide_loads: int  # 128 bits to registers or, asynchronously, to shared memory
+    atomics: int
+    ptx: str
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    arch: int,
+    *,
+    aligned: Sequence[str] = (),
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Compiled:
+    """Compiles `kernel` for sm_`arch`.
+
+    Args:
+        kernel: a `triton.jit` function.
+        signature: the type of every parameter by name, in order: "*bf16", "i32", "fp32",
+            "tensordesc<bf16[64, 128]>", "constexpr".
+        constants: the values of the constexpr parameters.
+        arch: 80, 90 or 100.
+        aligned: parameters that are divisible by 16, as the JIT would see.
+        num_warps, num_stages: as in a launch.
+    """
+    names = list(signature)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(
+        fn=kernel, signature=dict(signature), constexprs=dict(constants), attrs=attributes
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(result.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", file)
+        sass = _run("nvdisasm", "-c", file)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    operations = _OPERATION.findall(sass)
+
+    def count(pattern: str) -> int:
+        return sum(bool(re.match(pattern, operation)) for operation in operations)
+
+    return Compiled(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=result.metadata.shared,
+        instructions=len(operations),
+        spills=count("LDL|STL"),
+        hgmma=count("HGMMA"),
+        hmma=count("HMMA"),
+        tcgen05=count(r"UTC.*MMA"),
+        tma_loads=count("UTMALDG|UBLKCP"),
+        wide_loads=count(r"LDG\.E(\.\w+)*\.128|LDGSTS.*128"),
+        atomics=count("ATOM"),
+        ptx=result.asm["ptx"],
+    )
+
+
+def _run(tool: str, *arguments: object) -> str:
+    command = [str(_TOOLS / tool), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
