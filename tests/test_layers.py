@@ -19,9 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "_env", "_C"),
     ("checks",),
+    ("kv_library",),
+    ("kv_checks",),
     ("plan", "plan_format"),
     ("storage", "streams"),
     ("kernels",),
+    ("ops_cache",),
     ("ops", "reference", "reference_cache"),
     ("render", "branch", "step", "cache"),
     ("",),  # fork_attn/__init__.py, the public names

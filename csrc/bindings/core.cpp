@@ -39,6 +39,8 @@ const char* exception_name(ErrorKind kind) {
       return "ConcurrentUse";
     case ErrorKind::kUnsupported:
       return "Unsupported";
+    case ErrorKind::kDevice:
+      return "DeviceError";
     case ErrorKind::kInvariant:
       return "InvariantError";
     case ErrorKind::kValue:

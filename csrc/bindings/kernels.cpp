@@ -53,28 +53,6 @@ void tree_attention_cpu(std::uintptr_t plan, const RowArg& q, const PagedArg& k_
   cpu::tree_attention(p);
 }
 
-void store_kv_cpu(const RowArg& src, const PagedArg& dst, std::uintptr_t slot_mapping,
-                  int64_t num_rows, int32_t num_heads, int32_t dim, int32_t page_size,
-                  int32_t element_size) {
-  py::gil_scoped_release release;
-  cpu::store_kv(rows(src), paged(dst), pointer<const int64_t>(slot_mapping), num_rows, num_heads,
-                dim, page_size, element_size);
-}
-
-void copy_pages_cpu(const PagedArg& cache, std::uintptr_t src, std::uintptr_t dst, int64_t count,
-                    int32_t page_size, int32_t num_heads, int32_t dim, int32_t element_size) {
-  py::gil_scoped_release release;
-  cpu::copy_pages(paged(cache), pointer<const int32_t>(src), pointer<const int32_t>(dst), count,
-                  page_size, num_heads, dim, element_size);
-}
-
-void move_slots_cpu(const PagedArg& cache, std::uintptr_t src, std::uintptr_t dst, int64_t count,
-                    int32_t page_size, int32_t num_heads, int32_t dim, int32_t element_size) {
-  py::gil_scoped_release release;
-  cpu::move_slots(paged(cache), pointer<const int64_t>(src), pointer<const int64_t>(dst), count,
-                  page_size, num_heads, dim, element_size);
-}
-
 void merge_states_cpu(std::uintptr_t out, std::uintptr_t lse, int64_t num_states, int64_t num_rows,
                       int32_t num_heads, int32_t dim, std::uintptr_t merged_out,
                       std::uintptr_t merged_lse) {
@@ -90,15 +68,6 @@ void bind_kernels(py::module_& m) {
         py::arg("k_cache"), py::arg("v_cache"), py::arg("out"), py::arg("lse_ptr"),
         py::arg("sinks_ptr"), py::arg("dtype"), py::arg("num_q_heads"), py::arg("num_kv_heads"),
         py::arg("head_dim"), py::arg("head_dim_v"), py::arg("softmax_scale"), py::arg("softcap"));
-  m.def("store_kv_cpu", &store_kv_cpu, py::arg("src"), py::arg("dst"), py::arg("slot_mapping_ptr"),
-        py::arg("rows"), py::arg("num_heads"), py::arg("dim"), py::arg("page_size"),
-        py::arg("element_size"));
-  m.def("copy_pages_cpu", &copy_pages_cpu, py::arg("cache"), py::arg("src_ptr"), py::arg("dst_ptr"),
-        py::arg("count"), py::arg("page_size"), py::arg("num_heads"), py::arg("dim"),
-        py::arg("element_size"));
-  m.def("move_slots_cpu", &move_slots_cpu, py::arg("cache"), py::arg("src_ptr"), py::arg("dst_ptr"),
-        py::arg("count"), py::arg("page_size"), py::arg("num_heads"), py::arg("dim"),
-        py::arg("element_size"));
   m.def("merge_states_cpu", &merge_states_cpu, py::arg("out_ptr"), py::arg("lse_ptr"),
         py::arg("num_states"), py::arg("rows"), py::arg("num_heads"), py::arg("dim"),
         py::arg("merged_out_ptr"), py::arg("merged_lse_ptr"));

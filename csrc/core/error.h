@@ -21,6 +21,7 @@ enum class ErrorKind {
   kPlanCapacityExceeded,
   kConcurrentUse,
   kUnsupported,
+  kDevice,
   kInvariant,
 };
 

@@ -5,7 +5,7 @@
 
 namespace fork_attn::cpu {
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
 
 // One of K or V: element (page, slot, head, d) at base[page*page_stride + slot*slot_stride +
 // head*head_stride + d]. Strides are in elements; the head dimension is contiguous.
@@ -42,22 +42,6 @@ struct TreeAttentionParams {
 
 // Rows no item serves get out = 0 and lse = -inf (with sinks: lse = sink).
 void tree_attention(const TreeAttentionParams& params);
-
-// Writes row t of src (rows, num_heads, dim) to slot slot_mapping[t] (= page * page_size + offset)
-// of dst. Element size in bytes; negative slots are skipped by contract (padding rows).
-void store_kv(const RowTensor& src, const PagedTensor& dst, const int64_t* slot_mapping,
-              int64_t rows, int32_t num_heads, int32_t dim, int32_t page_size,
-              int32_t element_size);
-
-// Copies whole pages src[i] -> dst[i] inside one paged tensor (copy-on-write). Pages of dst are
-// distinct and not in src.
-void copy_pages(const PagedTensor& cache, const int32_t* src, const int32_t* dst, int64_t count,
-                int32_t page_size, int32_t num_heads, int32_t dim, int32_t element_size);
-
-// Moves slots src[i] -> dst[i] inside one paged tensor, reading all before writing any (draft
-// acceptance).
-void move_slots(const PagedTensor& cache, const int64_t* src, const int64_t* dst, int64_t count,
-                int32_t page_size, int32_t num_heads, int32_t dim, int32_t element_size);
 
 // Softmax states: out (num_states, rows, num_heads, dim) and lse (num_states, rows, num_heads),
 // both fp32 contiguous, merged in index order into merged_out (rows, num_heads, dim) and merged_lse

@@ -1,8 +1,11 @@
-// 16-bit floating point as bits: conversions from and to fp32 that need no compiler support.
+// Floating point of 16 and 8 bits as bits: conversions from and to fp32 that need no compiler
+// support and no CUDA headers, the same on CPUs and GPUs.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "host_device.h"
 
 namespace fork_attn::cpu {
 
@@ -14,23 +17,36 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline uint32_t float_bits(float x) {
+// e4m3fn: 4 bits of exponent, 3 of mantissa, no Inf, one NaN per sign (OCP 8-bit floating point).
+struct Float8E4M3 {
+  uint8_t bits;
+};
+
+FORK_ATTN_HD uint32_t float_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   return bits;
+#endif
 }
 
-inline float bits_float(uint32_t bits) {
+FORK_ATTN_HD float bits_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
   float x;
   std::memcpy(&x, &bits, sizeof(x));
   return x;
+#endif
 }
 
-inline float to_float(float x) { return x; }
+FORK_ATTN_HD float to_float(float x) { return x; }
 
-inline float to_float(BFloat16 x) { return bits_float(uint32_t{x.bits} << 16); }
+FORK_ATTN_HD float to_float(BFloat16 x) { return bits_float(uint32_t{x.bits} << 16); }
 
-inline float to_float(Float16 x) {
+FORK_ATTN_HD float to_float(Float16 x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   const uint32_t rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) return bits_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // Inf, NaN
@@ -40,19 +56,29 @@ inline float to_float(Float16 x) {
   return bits_float(sign | ((rest << 13) + (112u << 23)));
 }
 
+FORK_ATTN_HD float to_float(Float8E4M3 x) {
+  const uint32_t sign = uint32_t{x.bits & 0x80u} << 24;
+  const uint32_t rest = x.bits & 0x7fu;
+  if (rest == 0x7fu) return bits_float(sign | 0x7fc00000u);
+  if (rest < 0x8u) {  // subnormal: an integer multiple of 2^-9
+    return bits_float(sign | float_bits(static_cast<float>(rest) * 0x1p-9f));
+  }
+  return bits_float(sign | ((rest << 20) + (120u << 23)));
+}
+
 // The converters below round to nearest, ties to even. NaN stays NaN; beyond the largest finite
-// value comes Inf.
+// value comes Inf, and in e4m3, which has none, the largest finite value (448).
 
-inline void from_float(float x, float& out) { out = x; }
+FORK_ATTN_HD void from_float(float x, float& out) { out = x; }
 
-inline void from_float(float x, BFloat16& out) {
+FORK_ATTN_HD void from_float(float x, BFloat16& out) {
   const uint32_t bits = float_bits(x);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   out.bits = static_cast<uint16_t>((nan ? bits | 0x400000u : rounded) >> 16);
 }
 
-inline void from_float(float x, Float16& out) {
+FORK_ATTN_HD void from_float(float x, Float16& out) {
   const uint32_t bits = float_bits(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t rest = bits & 0x7fffffffu;
@@ -68,6 +94,23 @@ inline void from_float(float x, Float16& out) {
     half = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
   }
   out.bits = static_cast<uint16_t>(sign | half);
+}
+
+FORK_ATTN_HD void from_float(float x, Float8E4M3& out) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t sign = (bits >> 24) & 0x80u;
+  const uint32_t rest = bits & 0x7fffffffu;
+  uint32_t code;
+  if (rest > 0x7f800000u) {
+    code = 0x7fu;
+  } else if (rest >= 0x43e00000u) {  // 448 and above
+    code = 0x7eu;
+  } else if (rest < 0x3c800000u) {  // below 2^-6: adding 2^14, whose last place is 2^-9
+    code = float_bits(sum(bits_float(rest), 0x1p14f)) - float_bits(0x1p14f);
+  } else {
+    code = (rest - (120u << 23) + 0x7ffffu + ((rest >> 20) & 1u)) >> 20;
+  }
+  out.bits = static_cast<uint8_t>(sign | code);
 }
 
 }  // namespace fork_attn::cpu

@@ -1,8 +1,8 @@
-// Copies of rows and pages; elements are moved as bytes.
+// Copies of pages and slots, as bytes.
 #include <cstring>
 #include <memory>
 
-#include "kernels.h"
+#include "kv_params.h"
 
 namespace fork_attn::cpu {
 
@@ -10,67 +10,53 @@ namespace {
 
 constexpr int64_t kParallelBytes = 1 << 18;  // below this, threads cost more than they give
 
-char* element(void* data, int64_t index, int32_t element_size) {
-  return static_cast<char*>(data) + index * element_size;
+char* slot_head(const SlotSpan& t, int64_t slot, int32_t head, int32_t page_size) {
+  return t.data + slot / page_size * t.page_stride + slot % page_size * t.slot_stride +
+         head * t.head_stride;
 }
 
-char* slot_row(const PagedTensor& t, int64_t slot, int32_t head, int32_t page_size,
-               int32_t element_size) {
-  return element(
-      t.data,
-      slot / page_size * t.page_stride + slot % page_size * t.slot_stride + head * t.head_stride,
-      element_size);
+void move_slots(const SlotSpan& cache, int32_t page_size, const int64_t* from, const int64_t* to,
+                int64_t count, char* held) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int32_t h = 0; h < cache.num_heads; ++h) {
+      std::memcpy(held + (i * cache.num_heads + h) * cache.row_bytes,
+                  slot_head(cache, from[i], h, page_size), cache.row_bytes);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    for (int32_t h = 0; h < cache.num_heads; ++h) {
+      std::memcpy(slot_head(cache, to[i], h, page_size),
+                  held + (i * cache.num_heads + h) * cache.row_bytes, cache.row_bytes);
+    }
+  }
 }
 
 }  // namespace
 
-void store_kv(const RowTensor& src, const PagedTensor& dst, const int64_t* slot_mapping,
-              int64_t rows, int32_t num_heads, int32_t dim, int32_t page_size,
-              int32_t element_size) {
-  const int64_t bytes = int64_t{dim} * element_size;
-#pragma omp parallel for schedule(static) if (rows * num_heads * bytes > kParallelBytes)
-  for (int64_t t = 0; t < rows; ++t) {
-    if (slot_mapping[t] < 0) continue;
-    for (int32_t h = 0; h < num_heads; ++h) {
-      std::memcpy(slot_row(dst, slot_mapping[t], h, page_size, element_size),
-                  element(src.data, t * src.row_stride + h * src.head_stride, element_size), bytes);
+void copy_pages(const PageSpan* caches, int64_t num_caches, const int32_t* from, const int32_t* to,
+                int64_t count) {
+  int64_t bytes = 0;
+  for (int64_t c = 0; c < num_caches; ++c) bytes += caches[c].page_bytes * count;
+#pragma omp parallel for schedule(static) collapse(2) if (bytes > kParallelBytes)
+  for (int64_t c = 0; c < num_caches; ++c) {
+    for (int64_t i = 0; i < count; ++i) {
+      const PageSpan& cache = caches[c];
+      std::memcpy(cache.data + to[i] * cache.page_stride, cache.data + from[i] * cache.page_stride,
+                  cache.page_bytes);
     }
   }
 }
 
-void copy_pages(const PagedTensor& cache, const int32_t* src, const int32_t* dst, int64_t count,
-                int32_t page_size, int32_t num_heads, int32_t dim, int32_t element_size) {
-  const bool dense = cache.slot_stride == dim;  // one head's page is contiguous
-  const int64_t rows = dense ? 1 : page_size;
-  const int64_t bytes = int64_t{dim} * element_size * (dense ? page_size : 1);
-#pragma omp parallel for schedule(static) \
-    collapse(2) if (count * num_heads * rows * bytes > kParallelBytes)
-  for (int64_t i = 0; i < count; ++i) {
-    for (int32_t h = 0; h < num_heads; ++h) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t within = r * cache.slot_stride + h * cache.head_stride;
-        std::memcpy(element(cache.data, dst[i] * cache.page_stride + within, element_size),
-                    element(cache.data, src[i] * cache.page_stride + within, element_size), bytes);
-      }
-    }
+void move_slots(const SlotSpan* caches, int64_t num_caches, int32_t page_size, const int64_t* from,
+                const int64_t* to, int64_t count) {
+  int64_t most = 0;
+  for (int64_t c = 0; c < num_caches; ++c) {
+    const int64_t bytes = int64_t{caches[c].num_heads} * caches[c].row_bytes;
+    most = bytes > most ? bytes : most;
   }
-}
-
-void move_slots(const PagedTensor& cache, const int64_t* src, const int64_t* dst, int64_t count,
-                int32_t page_size, int32_t num_heads, int32_t dim, int32_t element_size) {
-  const int64_t bytes = int64_t{dim} * element_size;
-  const std::unique_ptr<char[]> held(new char[count * num_heads * bytes]);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int32_t h = 0; h < num_heads; ++h) {
-      std::memcpy(held.get() + (i * num_heads + h) * bytes,
-                  slot_row(cache, src[i], h, page_size, element_size), bytes);
-    }
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    for (int32_t h = 0; h < num_heads; ++h) {
-      std::memcpy(slot_row(cache, dst[i], h, page_size, element_size),
-                  held.get() + (i * num_heads + h) * bytes, bytes);
-    }
+  const std::unique_ptr<char[]> held(new char[most * count]);
+  for (int64_t c = 0; c < num_caches; ++c) {
+    move_slots(caches[c], page_size, from, to, count, held.get());
   }
 }
 

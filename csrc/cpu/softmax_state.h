@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
+
+#include "host_device.h"
 
 namespace fork_attn::cpu {
 
@@ -13,8 +14,8 @@ struct RowEnd {
 
 // `sum` holds the sum of exp(score - max). A sink joins the denominator alone. An empty row gets
 // scale 0.
-inline RowEnd end_row(float max, float sum, const float* sink) {
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+FORK_ATTN_HD RowEnd end_row(float max, float sum, const float* sink) {
+  constexpr float kInfinity = HUGE_VALF;
   if (sum == 0.0f) return {0.0f, sink == nullptr ? -kInfinity : *sink};
   if (sink == nullptr) return {1.0f / sum, max + std::log(sum)};
   const float top = *sink > max ? *sink : max;

@@ -6,6 +6,10 @@ from typing import Any
 
 _Paged = tuple[int, int, int, int]  # pointer; strides of page, slot and head in elements
 _Rows = tuple[int, int, int]  # pointer; strides of row and head in elements
+_Where = tuple[int, int]  # device and stream; (-1, 0) for the CPU
+_Shape = tuple[int, int, int, int, int]  # rows, heads, head_dim, head_dim_v, page_size
+_Rope = tuple[int, int, int, int, bool]  # cos, sin, table rows; rotary_dim; interleaved
+_Scales = tuple[int, int]  # of K and of V, or 0
 
 class PlanData:
     """One plan; its buffer protocol gives the int64 words of csrc/core/plan.h."""
@@ -102,35 +106,71 @@ def tree_attention_cpu(
     softmax_scale: float,
     softcap: float,
 ) -> None: ...
-def store_kv_cpu(
-    src: _Rows,
-    dst: _Paged,
-    slot_mapping_ptr: int,
+def store_kv(
+    where: _Where,
+    k: _Rows,
+    v: _Rows,
+    k_cache: _Paged,
+    v_cache: _Paged,
+    slots_ptr: int,
+    scales: _Scales,
+    rope: _Rope,
+    shape: _Shape,
+    dtypes: tuple[int, int],
+    /,
+) -> None: ...
+def gather_kv(
+    where: _Where,
+    k_cache: _Paged,
+    v_cache: _Paged,
+    k: _Rows,
+    v: _Rows,
+    slots_ptr: int,
+    scales: _Scales,
+    shape: _Shape,
+    dtypes: tuple[int, int],
+    /,
+) -> None: ...
+def shift_rope(
+    where: _Where,
+    k_cache: _Paged,
+    v_cache: _Paged,
+    from_ptr: int,
+    to_ptr: int,
+    rope: _Rope,
+    shape: _Shape,
+    dtype: int,
+    /,
+) -> None: ...
+def copy_pages(
+    where: _Where,
+    caches: Sequence[tuple[int, int, int]],
+    from_ptr: int,
+    to_ptr: int,
+    count: int,
+    /,
+) -> None: ...
+def move_slots(
+    where: _Where,
+    caches: Sequence[tuple[int, int, int, int, int, int]],
+    page_size: int,
+    from_ptr: int,
+    to_ptr: int,
+    count: int,
+    /,
+) -> None: ...
+def merge_states_cuda(
+    where: _Where,
+    out_ptr: int,
+    lse_ptr: int,
+    dtype: int,
+    num_states: int,
     rows: int,
     num_heads: int,
     dim: int,
-    page_size: int,
-    element_size: int,
-) -> None: ...
-def copy_pages_cpu(
-    cache: _Paged,
-    src_ptr: int,
-    dst_ptr: int,
-    count: int,
-    page_size: int,
-    num_heads: int,
-    dim: int,
-    element_size: int,
-) -> None: ...
-def move_slots_cpu(
-    cache: _Paged,
-    src_ptr: int,
-    dst_ptr: int,
-    count: int,
-    page_size: int,
-    num_heads: int,
-    dim: int,
-    element_size: int,
+    merged_out_ptr: int,
+    merged_lse_ptr: int,
+    /,
 ) -> None: ...
 def merge_states_cpu(
     out_ptr: int,

@@ -12,6 +12,7 @@ from fork_attn.branch import Branch
 from fork_attn.cache import CacheStats, ForkedKVCache
 from fork_attn.errors import (
     ConcurrentUse,
+    DeviceError,
     DuplicateBranch,
     ForeignBranch,
     ForkAttnError,
@@ -34,6 +35,7 @@ __all__ = [
     "Branch",
     "CacheStats",
     "ConcurrentUse",
+    "DeviceError",
     "Draft",
     "DuplicateBranch",
     "ForeignBranch",

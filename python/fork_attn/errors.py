@@ -62,5 +62,9 @@ class Unsupported(ForkAttnError):
     """What was asked for cannot be done by the model, backend or device named in the message."""
 
 
+class DeviceError(ForkAttnError):
+    """A CUDA call failed; the message has the kernel's name and the driver's reason."""
+
+
 class InvariantError(ForkAttnError):
     """The cache's bookkeeping contradicts itself: a bug in fork-attn, or memory corruption."""

@@ -9,8 +9,8 @@ import torch
 
 from fork_attn import _C, _env, checks
 from fork_attn.errors import Unsupported
+from fork_attn.kv_library import paged_argument, rows_argument, where
 from fork_attn.plan import Plan
-from fork_attn.storage import paged_argument
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "flash_attn", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "cpu", "triton", "cuda", "flash_attn", "reference")
@@ -22,10 +22,6 @@ _library = torch.library.Library("fork_attn", "DEF")
 _library.define(
     "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor plan, float softmax_scale, "
     "float softcap, Tensor? sinks) -> (Tensor, Tensor)"
-)
-_library.define(
-    "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) "
-    "-> ()"
 )
 _library.define("merge_states(Tensor out, Tensor lse) -> (Tensor, Tensor)")
 
@@ -58,11 +54,6 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _rows(t: torch.Tensor) -> tuple[int, int, int]:
-    row, head, _ = t.stride()
-    return (t.data_ptr(), row, head)
-
-
 def _tree_attention_cpu(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -78,10 +69,10 @@ def _tree_attention_cpu(
     lse = q.new_empty((num_tokens, num_q_heads), dtype=torch.float32)
     _C.tree_attention_cpu(
         plan.data_ptr(),
-        _rows(q),
+        rows_argument(q),
         paged_argument(k_cache),
         paged_argument(v_cache),
-        _rows(out),
+        rows_argument(out),
         lse.data_ptr(),
         0 if sinks is None else sinks.data_ptr(),
         _DTYPES[q.dtype],
@@ -108,36 +99,6 @@ def _tree_attention_fake(
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
 
-def _store_kv_cpu(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    for rows, cache in ((k, k_cache), (v, v_cache)):
-        _C.store_kv_cpu(
-            _rows(rows),
-            paged_argument(cache),
-            slot_mapping.data_ptr(),
-            rows.shape[0],
-            rows.shape[1],
-            rows.shape[2],
-            cache.shape[1],
-            rows.element_size(),
-        )
-
-
-def _store_kv_fake(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    return None
-
-
 def _merge_states_cpu(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     states, lses = out.float().contiguous(), lse.contiguous()
     num_states, rows, num_heads, dim = states.shape
@@ -156,15 +117,34 @@ def _merge_states_cpu(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tenso
     return merged.to(out.dtype), merged_lse
 
 
+def _merge_states_cuda(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    states, lses = out.contiguous(), lse.contiguous()
+    num_states, rows, num_heads, dim = states.shape
+    merged = states.new_empty((rows, num_heads, dim))
+    merged_lse = lses.new_empty((rows, num_heads))
+    _C.merge_states_cuda(
+        where(states),
+        states.data_ptr(),
+        lses.data_ptr(),
+        _DTYPES[states.dtype],
+        num_states,
+        rows,
+        num_heads,
+        dim,
+        merged.data_ptr(),
+        merged_lse.data_ptr(),
+    )
+    return merged, merged_lse
+
+
 def _merge_states_fake(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:])
 
 
 _library.impl("tree_attention", _tree_attention_cpu, "CPU")
-_library.impl("store_kv", _store_kv_cpu, "CPU")
 _library.impl("merge_states", _merge_states_cpu, "CPU")
+_library.impl("merge_states", _merge_states_cuda, "CUDA")
 torch.library.register_fake("fork_attn::tree_attention", _tree_attention_fake, lib=_library)
-torch.library.register_fake("fork_attn::store_kv", _store_kv_fake, lib=_library)
 torch.library.register_fake("fork_attn::merge_states", _merge_states_fake, lib=_library)
 
 
@@ -291,14 +271,11 @@ def merge_states(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, to
 
     Raises:
         ValueError, TypeError: a shape, dtype or device is off.
+        Unsupported: the states lie on a GPU and this build has no device code.
     """
     checks.tensor("out", out, shape=("num_states", "T", "num_heads", "head_dim_v"))
     checks.tensor("lse", lse, shape=out.shape[:3], dtype=torch.float32, device=out.device)
     if out.dtype not in _DTYPES:
         raise TypeError(f"out: expected dtype float32, bfloat16 or float16, got {out.dtype}")
-    if out.device.type != "cpu":
-        raise Unsupported(
-            f"merge_states on device {out.device}: no GPU backend is part of this version"
-        )
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fork_attn.merge_states(out, lse)
     return result

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, Union
 
 import torch
 
-from fork_attn import _C, checks
+from fork_attn import checks, kv_library  # noqa: F401 - defines the ops
 from fork_attn.plan import PlanShape
 
 T = TypeVar("T")
@@ -105,19 +105,13 @@ class KVStorage:
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole pages (from, to) in every layer (copy-on-write)."""
-        src, dst = torch.tensor(copies, dtype=torch.int32).t().contiguous()
-        for cache in self._caches():
-            _C.copy_pages_cpu(
-                paged_argument(cache), src.data_ptr(), dst.data_ptr(), len(src), *_page_shape(cache)
-            )
+        pages = torch.tensor(copies, dtype=torch.int32).t().contiguous().to(self.device)
+        torch.ops.fork_attn.copy_pages(self._caches(), *pages)
 
     def move_slots(self, moves: Sequence[tuple[int, int]]) -> None:
         """Moves slots (from, to) in every layer; all are read before any is written."""
-        src, dst = torch.tensor(moves, dtype=torch.int64).t().contiguous()
-        for cache in self._caches():
-            _C.move_slots_cpu(
-                paged_argument(cache), src.data_ptr(), dst.data_ptr(), len(src), *_page_shape(cache)
-            )
+        slots = torch.tensor(moves, dtype=torch.int64).t().contiguous().to(self.device)
+        torch.ops.fork_attn.move_slots(self._caches(), *slots)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """K and V, of layers yet to come too, outlive the work queued on a stream."""
@@ -142,16 +136,6 @@ class KVStorage:
         if self.device.type == "meta":
             return []
         return [cache for layer in self.layers for cache in layer.caches()]
-
-
-def paged_argument(cache: torch.Tensor) -> tuple[int, int, int, int]:
-    """A paged tensor as the kernels take it: pointer, and strides of page, slot and head."""
-    page, slot, head, _ = cache.stride()
-    return (cache.data_ptr(), page, slot, head)
-
-
-def _page_shape(cache: torch.Tensor) -> tuple[int, int, int, int]:
-    return (cache.shape[1], cache.shape[2], cache.shape[3], cache.element_size())
 
 
 def make_layers(
