@@ -313,6 +313,15 @@ void bind_plan(py::module_& m) {
           [](const PlanData& self) {
             return reinterpret_cast<const PlanHeader*>(self.buffer.data())->page_limit;
           })
+      .def("copy_to",
+           [](const PlanData& self, std::uintptr_t words) {
+             std::copy(self.buffer.begin(), self.buffer.end(),
+                       reinterpret_cast<int64_t*>(words));
+           })
+      .def_property_readonly("num_words",
+                             [](const PlanData& self) { return self.buffer.size(); })
+      .def_property_readonly(
+          "num_partial_rows", [](const PlanData& self) { return self.counts.num_partial_rows; })
       .def_property_readonly("cost_ns", [](const PlanData& self) { return self.cost_ns; })
       .def_property_readonly("span_ns", [](const PlanData& self) { return self.span_ns; })
       .def_property_readonly("counts", [](const PlanData& self) {

@@ -83,8 +83,9 @@ void Planner::place_lists() {
     });
     source.begin = place.begin;
   }
-  for (std::size_t i = 0; i < runs_.size(); ++i)
-    runs_[i].page_begin += sources_[source_of_run_[i]].begin;
+  for (std::size_t i = 0; i < runs_.size(); ++i) {
+    if ((runs_[i].kind & kGather) == 0) runs_[i].page_begin += sources_[source_of_run_[i]].begin;
+  }
 }
 
 // The pages that the source's runs name.
