@@ -22,9 +22,9 @@ LAYERS = (
     ("kv_library",),
     ("kv_checks",),
     ("plan", "plan_format"),
-    ("storage", "streams"),
+    ("storage", "streams", "staging"),
     ("kernels",),
-    ("ops_cache",),
+    ("ops_cache", "ops_triton"),
     ("ops", "reference", "reference_cache"),
     ("render", "branch", "step", "cache"),
     ("",),  # fork_attn/__init__.py, the public names
@@ -40,7 +40,7 @@ ORACLES = ("reference", "reference_cache")
 
 # Third parties that only these may import.
 RESTRICTED = {
-    "triton": ("kernels",),
+    "triton": ("kernels", "testing"),
     "transformers": ("hf", "reason", "demo"),
     "rich": ("demo", "plan_command"),
     "matplotlib": ("demo", "reason"),

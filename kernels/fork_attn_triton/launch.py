@@ -178,7 +178,7 @@ def tree_attention(
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise.
         plan: (words,) int64 on the device; may be longer than the plan that it holds.
         pages: (n,) int32: physical pages, which the plan's runs index.
-        out: (T, num_q_heads, head_dim_v), written. Rows past the plan's get 0.
+        out: (T, num_q_heads, head_dim_v) contiguous, written. Rows past the plan's get 0.
         lse: (T, num_q_heads) fp32 contiguous, written; rows past the plan's get -inf or the sink.
         workspace: at least the plan's partial rows, and T rows of counters.
         num_programs: of the grid.
@@ -191,9 +191,11 @@ def tree_attention(
 
     Raises:
         Unsupported: see `check_supported`.
-        ValueError: `use_tma` where it does not apply.
+        ValueError: `use_tma` where it does not apply, or `out` is not contiguous.
     """
     head_dim, head_dim_v = q.shape[2], v_cache.shape[3]
+    if not (out.is_contiguous() and lse.is_contiguous()):
+        raise ValueError("out, lse: expected contiguous tensors")
     check_supported(q.device, q.dtype, k_cache.dtype, (head_dim, head_dim_v))
     sm = compute_capability(q.device)
     body = choose_body(
@@ -220,16 +222,15 @@ def tree_attention(
         k_scale,
         v_scale,
         out.shape[0],
-        k_cache.shape[2],
         *q.stride()[:2],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        *out.stride()[:2],
         softmax_scale,
         softcap,
         num_warps=body.warps,
         **constants(
             body,
+            num_kv_heads=k_cache.shape[2],
+            k_strides=k_cache.stride()[:3],
+            v_strides=v_cache.stride()[:3],
             group=group,
             page_size=page_size,
             head_dim=head_dim,
@@ -249,6 +250,9 @@ def tree_attention(
 def constants(
     body: Body,
     *,
+    num_kv_heads: int,
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
     group: int,
     page_size: int,
     head_dim: int,
@@ -262,8 +266,11 @@ def constants(
     tma: bool,
     fp32: bool,
 ) -> dict[str, Any]:
-    """The kernel's compile-time arguments."""
+    """The kernel's compile-time arguments; strides are those of page, slot and head."""
     return {
+        "NUM_KV_HEADS": num_kv_heads,
+        "K_STRIDES": tuple(k_strides),
+        "V_STRIDES": tuple(v_strides),
         "GROUP": group,
         "PAGE_SIZE": page_size,
         "D": head_dim,

@@ -35,22 +35,22 @@ RUN_INTS = tl.constexpr(10)
 
 
 @triton.jit
-def _load_rows(cache, page, offset, head, page_stride, slot_stride, head_stride, seen,
-               D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _load_rows(
+    cache, page, offset, head, seen, STRIDES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Rows of K or V by page and offset, (slots, BLOCK_D); 0 where not `seen`."""
     d = tl.arange(0, BLOCK_D)
-    rows = cache + head.to(tl.int64) * head_stride
-    at = page.to(tl.int64) * page_stride + offset.to(tl.int64) * slot_stride
+    rows = cache + head.to(tl.int64) * STRIDES[2]
+    at = page.to(tl.int64) * STRIDES[0] + offset.to(tl.int64) * STRIDES[1]
     mask = seen[:, None] & (d < D)[None, :] if D != BLOCK_D else seen[:, None]
     return tl.load(rows + at[:, None] + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _stream(
-    q, bit_low, bit_high, token, positions, num_tokens, max_position, window, head,
+    q, bit_low, bit_high, token, positions, num_tokens, max_position, head,
     run_begin, run_end, plan32, pages, k_cache, v_cache, k_desc, v_desc,
-    k_page, k_slot, k_head, v_page, v_slot, v_head, scale, softcap,
-    PAGE_SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    scale, softcap, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr, PAGE_SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, ISOLATE: tl.constexpr,
@@ -64,6 +64,7 @@ def _stream(
     runs = section(plan32, OFF_RUNS)
     words = section(plan32, OFF_WORDS)
     gather = section(plan32, OFF_GATHER)
+    window = tl.load(plan32 + WINDOW_SIZE)
     n = tl.arange(0, BLOCK_N)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -113,23 +114,23 @@ def _stream(
                 if TMA:
                     page = tl.load(pages + page_begin + at // PAGE_SIZE).to(tl.int64)
                     offset = at % PAGE_SIZE
-                    k_row = page * (k_page // k_slot) + head * (k_head // k_slot) + offset
-                    v_row = page * (v_page // v_slot) + head * (v_head // v_slot) + offset
+                    k_row = page * (K_STRIDES[0] // K_STRIDES[1]) + offset
+                    k_row += head * (K_STRIDES[2] // K_STRIDES[1])
+                    v_row = page * (V_STRIDES[0] // V_STRIDES[1]) + offset
+                    v_row += head * (V_STRIDES[2] // V_STRIDES[1])
                     k = k_desc.load([k_row.to(tl.int32), 0])
                     v = v_desc.load([v_row.to(tl.int32), 0])
                 else:
                     page = tl.load(pages + page_begin + (at + n) // PAGE_SIZE)
                     offset = (at + n) % PAGE_SIZE
                     every = n >= 0
-                    k = _load_rows(k_cache, page, offset, head, k_page, k_slot, k_head, every,
-                                   D, BLOCK_D)  # fmt: skip
-                    v = _load_rows(v_cache, page, offset, head, v_page, v_slot, v_head, every,
-                                   DV, BLOCK_DV)  # fmt: skip
+                    k = _load_rows(k_cache, page, offset, head, every, K_STRIDES, D, BLOCK_D)
+                    v = _load_rows(v_cache, page, offset, head, every, V_STRIDES, DV, BLOCK_DV)
                 s = scores(q, k.to(q.dtype), scale, softcap, HAS_SOFTCAP, PRECISION)
                 top, total, acc, _ = add_tile(s, v.to(q.dtype), top, total, acc, PRECISION)
         table = tl.where(gathered, gather, pages)  # of slots or of pages
         limit = tl.where(diagonal, diag + token, num_slots)  # (rows,): sees slots below it
-        for i in tl.range(0, num_tiles - (full_end - full_begin), num_stages=STAGES):
+        for i in tl.range(0, num_tiles - (full_end - full_begin), num_stages=min(STAGES, 2)):
             tile = tl.where(i < full_begin, i, i + full_end - full_begin)
             at = start + tile * BLOCK_N + n
             j = at - first_slot
@@ -145,10 +146,8 @@ def _stream(
             )
             page = tl.where(gathered, listed // PAGE_SIZE, listed)
             offset = tl.where(gathered, listed, at) % PAGE_SIZE
-            k = _load_rows(k_cache, page, offset, head, k_page, k_slot, k_head, inside,
-                           D, BLOCK_D)  # fmt: skip
-            v = _load_rows(v_cache, page, offset, head, v_page, v_slot, v_head, inside,
-                           DV, BLOCK_DV)  # fmt: skip
+            k = _load_rows(k_cache, page, offset, head, inside, K_STRIDES, D, BLOCK_D)
+            v = _load_rows(v_cache, page, offset, head, inside, V_STRIDES, DV, BLOCK_DV)
             s = scores(q, k.to(q.dtype), scale, softcap, HAS_SOFTCAP, PRECISION)
             seen = (word_low[None, :] & bit_low[:, None]) != 0
             if WIDE:
@@ -170,21 +169,106 @@ def _stream(
 
 @triton.jit
 def _write_rows(
-    rows_out, rows_lse, out_at, lse_at, acc, factor, lse, ok,
+    rows_out, rows_lse, at, acc, factor, lse, ok,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Writes acc * factor and lse where `ok`, rows (rows,) at the given offsets."""
+    """Writes acc * factor and lse where `ok`, rows (rows,) `at` the given rows."""
     d = tl.arange(0, BLOCK_DV)
     values = (acc * factor[:, None]).to(rows_out.dtype.element_ty)
     mask = ok[:, None] & (d < DV)[None, :]
-    tl.store(rows_out + out_at[:, None] + d[None, :], values, mask=mask)
-    tl.store(rows_lse + lse_at, lse, mask=ok)
+    tl.store(rows_out + at[:, None] * DV + d[None, :], values, mask=mask)
+    tl.store(rows_lse + at, lse, mask=ok)
+
+
+@triton.jit
+def _serve(
+    first, head, token_begin, num_tokens, run_begin, run_end, partial_begin,
+    q, k_cache, v_cache, k_desc, v_desc, plan32, pages, out, lse, partial_out, partial_lse,
+    sinks, k_scale, v_scale, q_row, q_head, softmax_scale, softcap,
+    NUM_KV_HEADS: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
+    GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ISOLATE: tl.constexpr,
+):  # fmt: skip
+    """Rows [first, first + BLOCK_M) of an item, from queries to output or partial rows.
+
+    Returns whether a result is not finite (1) or all are (0).
+    """
+    NUM_Q_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    m = first + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    t = m // GROUP
+    head_q = head * GROUP + m % GROUP
+    ok = t < num_tokens
+    scale = softmax_scale
+    value_scale = 1.0
+    if HAS_K_SCALE:
+        scale = softmax_scale * tl.load(k_scale + head)
+    if HAS_V_SCALE:
+        value_scale = tl.load(v_scale + head)
+    row_q = tl.load(section(plan32, OFF_Q_ROWS) + token_begin + t, mask=ok, other=0)
+    q_at = row_q.to(tl.int64) * q_row + head_q * q_head
+    q_mask = ok[:, None] & (d < D)[None, :]
+    q_tile = tl.load(q + q_at[:, None] + d[None, :], mask=q_mask, other=0.0)
+    bit_low = tl.where(ok & (t < 32), 1 << (t & 31), 0)
+    bit_high = tl.where(ok & (t >= 32), 1 << (t & 31), 0)
+    positions = t
+    max_position = 0
+    if HAS_WINDOW:
+        where = section(plan32, OFF_POSITIONS) + token_begin + t
+        positions = tl.load(where, mask=ok, other=0)
+        max_position = tl.max(positions, 0)
+    top, total, acc = _stream(
+        q_tile, bit_low, bit_high, t, positions, num_tokens, max_position, head,
+        run_begin, run_end, plan32, pages, k_cache, v_cache, k_desc, v_desc, scale, softcap,
+        K_STRIDES, V_STRIDES, PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, WIDE,
+        HAS_WINDOW, HAS_SOFTCAP, TMA, STAGES, PRECISION, ISOLATE,
+    )  # fmt: skip
+    if partial_begin >= 0:
+        factor, row_lse = end_rows(top, total, top, False)
+        at = (partial_begin + t).to(tl.int64) * NUM_Q_HEADS + head_q
+        _write_rows(partial_out, partial_lse, at, acc, factor * value_scale, row_lse, ok,
+                    DV, BLOCK_DV)  # fmt: skip
+    else:
+        sink = top
+        if HAS_SINKS:
+            sink = tl.load(sinks + head_q)
+        factor, row_lse = end_rows(top, total, sink, HAS_SINKS)
+        row = tl.load(section(plan32, OFF_TOKENS) + token_begin + t, mask=ok, other=0)
+        at = row.to(tl.int64) * NUM_Q_HEADS + head_q
+        _write_rows(out, lse, at, acc, factor * value_scale, row_lse, ok, DV, BLOCK_DV)
+    return tl.max(tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1, 1), 0)
+
+
+@triton.jit(noinline=True)
+def _serve_isolated(
+    first, head, token_begin, num_tokens, run_begin, run_end, partial_begin,
+    q, k_cache, v_cache, plan32, pages, out, lse, partial_out, partial_lse,
+    sinks, k_scale, v_scale, q_row, q_head, softmax_scale, softcap,
+    NUM_KV_HEADS: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
+    GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_serve` again, slowly, with ISOLATE."""
+    _serve(
+        first, head, token_begin, num_tokens, run_begin, run_end, partial_begin,
+        q, k_cache, v_cache, None, None, plan32, pages, out, lse, partial_out, partial_lse,
+        sinks, k_scale, v_scale, q_row, q_head, softmax_scale, softcap,
+        NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP, PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV,
+        BLOCK_M, 16, WIDE, HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE,
+        HAS_V_SCALE, False, 1, PRECISION, True,
+    )  # fmt: skip
 
 
 @triton.jit
 def _merge_rows(
     token, head_q, last, plan32, out, lse, partial_out, partial_lse, sinks,
-    out_row, out_head, num_q_heads, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    NUM_Q_HEADS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial rows of the rows that are `last`, in the plan's order, and writes them."""
@@ -199,7 +283,7 @@ def _merge_rows(
     for s in range(0, tl.max(count, 0)):
         more = s < count
         row = tl.load(merge_rows + begin + s, mask=more, other=0).to(tl.int64)
-        at = row * num_q_heads + head_q
+        at = row * NUM_Q_HEADS + head_q
         state_lse = tl.load(
             partial_lse + at, mask=more, other=-float("inf"), cache_modifier=".cg"
         )
@@ -212,14 +296,14 @@ def _merge_rows(
     if HAS_SINKS:
         sink = tl.load(sinks + head_q, mask=last, other=0.0)
     factor, row_lse = end_rows(top, total, sink, HAS_SINKS)
-    out_at = token.to(tl.int64) * out_row + head_q * out_head
-    lse_at = token.to(tl.int64) * num_q_heads + head_q
-    _write_rows(out, lse, out_at, lse_at, acc, factor, row_lse, last, DV, BLOCK_DV)
+    at = token.to(tl.int64) * NUM_Q_HEADS + head_q
+    _write_rows(out, lse, at, acc, factor, row_lse, last, DV, BLOCK_DV)
 
 
 @triton.jit
 def _arrive(
-    tokens, num_tokens, head, num_kv_heads, plan32, counters, BLOCK_T: tl.constexpr
+    tokens, num_tokens, head, plan32, counters,
+    NUM_KV_HEADS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Counts this item as done for its tokens; (BLOCK_T,) int32: 1 where it was the last to come.
 
@@ -231,7 +315,7 @@ def _arrive(
     token = tl.load(tokens + t, mask=t < num_tokens, other=0)
     merge_indptr = section(plan32, OFF_MERGE_INDPTR)
     count = tl.load(merge_indptr + token + 1) - tl.load(merge_indptr + token)
-    counter = counters + token.to(tl.int64) * num_kv_heads + head
+    counter = counters + token.to(tl.int64) * NUM_KV_HEADS + head
     before = tl.atomic_add(counter, 1, mask=t < num_tokens, sem="acq_rel", scope="gpu")
     last = (t < num_tokens) & (before == count - 1)
     tl.store(counter, 0, mask=last)
@@ -242,9 +326,8 @@ def _arrive(
 @triton.jit
 def tree_attention_kernel(
     q, k_cache, v_cache, k_desc, v_desc, plan, pages, out, lse, partial_out, partial_lse,
-    counters, sinks, k_scale, v_scale, num_rows, num_kv_heads,
-    q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head,
-    softmax_scale, softcap,
+    counters, sinks, k_scale, v_scale, num_rows, q_row, q_head, softmax_scale, softcap,
+    NUM_KV_HEADS: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
     GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr, WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -258,19 +341,11 @@ def tree_attention_kernel(
     items = section(plan32, OFF_ITEMS)
     spans = section(plan32, OFF_SPANS)
     num_spans = tl.load(plan32 + NUM_SPANS)
-    window = tl.load(plan32 + WINDOW_SIZE)
-    num_q_heads = num_kv_heads * GROUP
+    NUM_Q_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    for unit in range(program, num_spans * num_kv_heads, tl.num_programs(0)):
+    for unit in range(program, num_spans * NUM_KV_HEADS, tl.num_programs(0)):
         head = unit // num_spans
         span = unit % num_spans
-        scale = softmax_scale
-        value_scale = 1.0
-        if HAS_K_SCALE:
-            scale = softmax_scale * tl.load(k_scale + head)
-        if HAS_V_SCALE:
-            value_scale = tl.load(v_scale + head)
         for item in range(tl.load(spans + span), tl.load(spans + span + 1)):
             block = tl.load(items + 4 * item)
             run_begin = tl.load(items + 4 * item + 1)
@@ -280,55 +355,25 @@ def tree_attention_kernel(
             num_tokens = tl.load(blocks + 2 * block + 1)
             tokens = section(plan32, OFF_TOKENS) + token_begin
             for first in range(0, num_tokens * GROUP, BLOCK_M):
-                t = (first + m) // GROUP
-                head_q = head * GROUP + (first + m) % GROUP
-                ok = t < num_tokens
-                row_q = tl.load(section(plan32, OFF_Q_ROWS) + token_begin + t, mask=ok, other=0)
-                q_at = row_q.to(tl.int64) * q_row + head_q * q_head
-                q_tile = tl.load(
-                    q + q_at[:, None] + d[None, :],
-                    mask=ok[:, None] & (d < D)[None, :], other=0.0,
+                broken = _serve(
+                    first, head, token_begin, num_tokens, run_begin, run_end, partial_begin,
+                    q, k_cache, v_cache, k_desc, v_desc, plan32, pages, out, lse, partial_out,
+                    partial_lse, sinks, k_scale, v_scale, q_row, q_head, softmax_scale, softcap,
+                    NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP, PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, BLOCK_N, WIDE, HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE,
+                    HAS_V_SCALE, TMA, STAGES, PRECISION, False,
                 )  # fmt: skip
-                bit_low = tl.where(ok & (t < 32), 1 << (t & 31), 0)
-                bit_high = tl.where(ok & (t >= 32), 1 << (t & 31), 0)
-                positions = t
-                max_position = 0
-                if HAS_WINDOW:
-                    positions = tl.load(
-                        section(plan32, OFF_POSITIONS) + token_begin + t, mask=ok, other=0
-                    )
-                    max_position = tl.max(positions, 0)
-                top, total, acc = _stream(
-                    q_tile, bit_low, bit_high, t, positions, num_tokens, max_position, window,
-                    head, run_begin, run_end, plan32, pages, k_cache, v_cache, k_desc, v_desc,
-                    k_page, k_slot, k_head, v_page, v_slot, v_head, scale, softcap,
-                    PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, WIDE, HAS_WINDOW,
-                    HAS_SOFTCAP, TMA, STAGES, PRECISION, False,
-                )  # fmt: skip
-                if tl.max(tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1, 1), 0) != 0:
-                    top, total, acc = _stream(
-                        q_tile, bit_low, bit_high, t, positions, num_tokens, max_position, window,
-                        head, run_begin, run_end, plan32, pages, k_cache, v_cache, k_desc, v_desc,
-                        k_page, k_slot, k_head, v_page, v_slot, v_head, scale, softcap,
-                        PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, 16, WIDE, HAS_WINDOW,
-                        HAS_SOFTCAP, False, 1, PRECISION, True,
+                if broken != 0:
+                    _serve_isolated(
+                        first, head, token_begin, num_tokens, run_begin, run_end, partial_begin,
+                        q, k_cache, v_cache, plan32, pages, out, lse, partial_out,
+                        partial_lse, sinks, k_scale, v_scale, q_row, q_head, softmax_scale,
+                        softcap, NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP, PAGE_SIZE, D, DV,
+                        BLOCK_D, BLOCK_DV, BLOCK_M, WIDE, HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS,
+                        HAS_K_SCALE, HAS_V_SCALE, PRECISION,
                     )  # fmt: skip
-                if partial_begin >= 0:
-                    factor, row_lse = end_rows(top, total, top, False)
-                    at = (partial_begin + t).to(tl.int64) * num_q_heads + head_q
-                    _write_rows(partial_out, partial_lse, at * DV, at, acc, factor * value_scale,
-                                row_lse, ok, DV, BLOCK_DV)  # fmt: skip
-                else:
-                    sink = top
-                    if HAS_SINKS:
-                        sink = tl.load(sinks + head_q)
-                    factor, row_lse = end_rows(top, total, sink, HAS_SINKS)
-                    row = tl.load(tokens + t, mask=ok, other=0).to(tl.int64)
-                    _write_rows(out, lse, row * out_row + head_q * out_head,
-                                row * num_q_heads + head_q, acc, factor * value_scale,
-                                row_lse, ok, DV, BLOCK_DV)  # fmt: skip
             if partial_begin >= 0:
-                last = _arrive(tokens, num_tokens, head, num_kv_heads, plan32, counters, BLOCK_T)
+                last = _arrive(tokens, num_tokens, head, plan32, counters, NUM_KV_HEADS, BLOCK_T)
                 if tl.max(last, 0) != 0:
                     for first in range(0, num_tokens * GROUP, BLOCK_M):
                         t = (first + m) // GROUP
@@ -337,16 +382,16 @@ def tree_attention_kernel(
                         token = tl.load(tokens + t, mask=ok, other=0)
                         _merge_rows(
                             token, head * GROUP + (first + m) % GROUP, ok & mine, plan32, out, lse,
-                            partial_out, partial_lse, sinks, out_row, out_head, num_q_heads,
-                            DV, BLOCK_DV, BLOCK_M, HAS_SINKS,
+                            partial_out, partial_lse, sinks, NUM_Q_HEADS, DV, BLOCK_DV, BLOCK_M, HAS_SINKS,
                         )  # fmt: skip
     # Rows past the plan's (a captured step is as wide as it may become) see nothing.
     dv = tl.arange(0, BLOCK_DV)
     for row in range(tl.load(plan32 + NUM_TOKENS) + program, num_rows, tl.num_programs(0)):
-        for head_q in range(0, num_q_heads):
-            nothing = -float("inf")
+        here = tl.zeros([1], tl.int64) + row
+        for head_q in range(0, NUM_Q_HEADS):
+            nothing = tl.full([1], -float("inf"), tl.float32)
             if HAS_SINKS:
-                nothing = tl.load(sinks + head_q)
-            at = out + row.to(tl.int64) * out_row + head_q * out_head
+                nothing = tl.load(sinks + head_q + tl.zeros([1], tl.int32))
+            at = out + (here * NUM_Q_HEADS + head_q) * DV
             tl.store(at + dv, tl.zeros([BLOCK_DV], out.dtype.element_ty), mask=dv < DV)
-            tl.store(lse + row.to(tl.int64) * num_q_heads + head_q, nothing)
+            tl.store(lse + here * NUM_Q_HEADS + head_q, nothing)

@@ -2,7 +2,7 @@
 
 | variable | meaning |
 |---|---|
-| `FORK_ATTN_BACKEND` | what `backend="auto"` means: `cpu` or `reference` |
+| `FORK_ATTN_BACKEND` | what `backend="auto"` means: `cpu`, `triton` or `reference` |
 """
 
 from __future__ import annotations

@@ -7,21 +7,23 @@ from typing import Literal
 
 import torch
 
-from fork_attn import _C, _env, checks
+from fork_attn import _C, _env, checks, ops_triton
 from fork_attn.errors import Unsupported
 from fork_attn.kv_library import paged_argument, rows_argument, where
 from fork_attn.plan import Plan
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "flash_attn", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "cpu", "triton", "cuda", "flash_attn", "reference")
-AVAILABLE: tuple[str, ...] = ("cpu", "reference")
+AVAILABLE: tuple[str, ...] = ("cpu", "triton", "reference")
 
+FP8 = torch.float8_e4m3fn
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _library = torch.library.Library("fork_attn", "DEF")
 _library.define(
     "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor plan, float softmax_scale, "
-    "float softcap, Tensor? sinks) -> (Tensor, Tensor)"
+    "float softcap, Tensor? sinks, Tensor? k_scale=None, Tensor? v_scale=None) "
+    "-> (Tensor, Tensor)"
 )
 _library.define("merge_states(Tensor out, Tensor lse) -> (Tensor, Tensor)")
 
@@ -42,15 +44,15 @@ def resolve_backend(backend: str, device: torch.device) -> str:
                 f"FORK_ATTN_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}"
             )
     if backend == "auto":
-        backend = "cpu"
+        backend = "triton" if device.type == "cuda" else "cpu"
     if backend not in AVAILABLE:
         raise Unsupported(
             f"backend {backend!r} is not part of this version; it has {', '.join(AVAILABLE)}"
         )
     if backend == "cpu" and device.type not in ("cpu", "meta"):
-        raise Unsupported(
-            f"backend 'cpu' cannot attend on {device}; no GPU backend is part of this version"
-        )
+        raise Unsupported(f"backend 'cpu' cannot attend on {device}")
+    if backend == "triton":
+        ops_triton.require_triton(device)
     return backend
 
 
@@ -62,7 +64,11 @@ def _tree_attention_cpu(
     softmax_scale: float,
     softcap: float,
     sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if k_scale is not None or v_scale is not None:
+        raise Unsupported("k_scale, v_scale: backend 'cpu' has none yet")
     num_tokens, num_q_heads, head_dim = q.shape
     _, _, num_kv_heads, head_dim_v = v_cache.shape
     out = q.new_empty((num_tokens, num_q_heads, head_dim_v))
@@ -94,6 +100,8 @@ def _tree_attention_fake(
     softmax_scale: float,
     softcap: float,
     sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty((q.shape[0], q.shape[1], v_cache.shape[3]))
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
@@ -157,6 +165,8 @@ def tree_attention(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query row over the slots that the plan lets it see; shared slots are read
@@ -167,16 +177,18 @@ def tree_attention(
 
     Args:
         q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16.
-        k_cache: (num_pages, page_size, num_kv_heads, head_dim), the dtype of `q`; any strides, last
-            dimension contiguous.
+        k_cache: (num_pages, page_size, num_kv_heads, head_dim), the dtype of `q` or float8_e4m3fn;
+            any strides, last dimension contiguous.
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise.
         plan: of the open step, for this layer's sliding window and GQA group.
         softmax_scale: None means head_dim ** -0.5.
         softcap: scores become softcap * tanh(score / softcap); None means no cap.
         sinks: (num_q_heads,) fp32 logits that join each row's softmax without a value (attention
             sinks, gpt-oss).
-        backend: "auto", "cpu" or "reference" (float64, slow). `FORK_ATTN_BACKEND` sets what "auto"
-            means.
+        k_scale, v_scale: (num_kv_heads,) fp32: K and V are what the caches hold times these.
+        backend: "auto" ("triton" for CUDA tensors, else "cpu"), "cpu", "triton", or "reference"
+            (float64, slow). `FORK_ATTN_BACKEND` sets what "auto" means. With TRITON_INTERPRET=1
+            "triton" takes CPU tensors.
 
     Returns:
         (out, lse): (T, num_q_heads, head_dim_v) in the dtype of `q`, and (T, num_q_heads) fp32,
@@ -199,15 +211,22 @@ def tree_attention(
             f"q: expected a multiple of the plan's group {plan.group} heads, got {num_q_heads}"
         )
     paged = ("num_pages", plan.page_size, num_q_heads // plan.group)
-    checks.tensor("k_cache", k_cache, shape=(*paged, head_dim), dtype=q.dtype, device=q.device)
-    checks.tensor("v_cache", v_cache, shape=(*paged, "head_dim_v"), dtype=q.dtype, device=q.device)
+    kv_dtype = FP8 if getattr(k_cache, "dtype", None) == FP8 else q.dtype
+    checks.tensor("k_cache", k_cache, shape=(*paged, head_dim), dtype=kv_dtype, device=q.device)
+    checks.tensor("v_cache", v_cache, shape=(*paged, "head_dim_v"), dtype=kv_dtype, device=q.device)
     if min(k_cache.shape[0], v_cache.shape[0]) < plan.page_limit:
         got = f"{k_cache.shape[0]} and {v_cache.shape[0]}"
         raise ValueError(
             f"k_cache, v_cache: expected at least the plan's {plan.page_limit} pages, got {got}"
         )
+    for name, factor in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if factor is not None:
+            shape = (k_cache.shape[2],)
+            checks.tensor(name, factor, shape=shape, dtype=torch.float32, device=q.device)
     options = check_scores(softmax_scale, softcap, sinks, num_q_heads, head_dim, q.device)
-    return run_tree_attention(q, k_cache, v_cache, plan, *options, backend_name)
+    return run_tree_attention(
+        q, k_cache, v_cache, plan, *options, backend_name, k_scale=k_scale, v_scale=v_scale
+    )
 
 
 def check_scores(
@@ -243,16 +262,29 @@ def run_tree_attention(
     cap: float,
     sinks: torch.Tensor | None,
     backend: str,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tree_attention` of arguments that are checked, on a backend that is resolved."""
+    """`tree_attention` of arguments that are checked, on a backend that is resolved.
+
+    Raises:
+        Unsupported: the backend cannot do this.
+    """
+    if backend == "triton":
+        ops_triton.check_supported(q, k_cache, v_cache)
+        return ops_triton.run(q, k_cache, v_cache, plan, scale, cap, sinks, k_scale, v_scale)
     if backend == "reference":
         from fork_attn.reference import tree_attention_reference
 
+        scores = {"softmax_scale": scale, "softcap": cap or None, "sinks": sinks}
         return tree_attention_reference(
-            q, k_cache, v_cache, plan.buffer, softmax_scale=scale, softcap=cap or None, sinks=sinks
+            q, k_cache, v_cache, plan.buffer, k_scale=k_scale, v_scale=v_scale, **scores
         )
+    if k_cache.dtype == FP8:
+        raise Unsupported("k_cache: backend 'cpu' does not read float8_e4m3fn yet")
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fork_attn.tree_attention(
-        q, k_cache, v_cache, plan.buffer, scale, cap, sinks
+        q, k_cache, v_cache, plan.buffer, scale, cap, sinks, k_scale, v_scale
     )
     return result
 
@@ -277,5 +309,7 @@ def merge_states(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, to
     checks.tensor("lse", lse, shape=out.shape[:3], dtype=torch.float32, device=out.device)
     if out.dtype not in _DTYPES:
         raise TypeError(f"out: expected dtype float32, bfloat16 or float16, got {out.dtype}")
+    if out.device.type not in ("cpu", "cuda"):
+        raise Unsupported(f"merge_states cannot work on {out.device}")
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fork_attn.merge_states(out, lse)
     return result

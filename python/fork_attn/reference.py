@@ -110,6 +110,8 @@ def tree_attention_reference(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The "reference" backend: the plan expanded to a dense mask, then float64 attention.
 
@@ -119,6 +121,7 @@ def tree_attention_reference(
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v).
         plan: (words,) int64, a plan's buffer.
         softmax_scale, softcap, sinks: see `attention`.
+        k_scale, v_scale: (num_kv_heads,) factors of K and V.
 
     Returns:
         (out, lse): (T, num_q_heads, head_dim_v) in the dtype of `q`, (T, num_q_heads) fp32.
@@ -127,10 +130,15 @@ def tree_attention_reference(
         ValueError, TypeError: `plan` is none.
     """
     mask = expand_plan(plan)
+    k, v = (cache.flatten(0, 1)[: mask.shape[1]] for cache in (k_cache, v_cache))
+    if k_scale is not None:
+        k = k.double() * k_scale.double()[:, None]
+    if v_scale is not None:
+        v = v.double() * v_scale.double()[:, None]
     out, lse = attention(
         q,
-        k_cache.flatten(0, 1)[: mask.shape[1]],
-        v_cache.flatten(0, 1)[: mask.shape[1]],
+        k,
+        v,
         mask,
         softmax_scale=softmax_scale,
         softcap=softcap,

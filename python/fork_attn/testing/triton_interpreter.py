@@ -128,9 +128,15 @@ def _remember_memory(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reordered(original: Callable[..., Any]) -> Callable[..., Any]:
+    programs: list[int] = []
+
     def set_index(self: Any, x: int, y: int, z: int) -> None:
         choose = _order[0]
-        original(self, x if choose is None else choose(self.grid_dim[0])[x], y, z)
+        if choose is None:
+            return original(self, x, y, z)
+        if x == 0:
+            programs[:] = choose(self.grid_dim[0])
+        return original(self, programs[x], y, z)
 
     return set_index
 
