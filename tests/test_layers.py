@@ -26,7 +26,7 @@ LAYERS = (
     ("kernels",),
     ("ops_cache", "ops_triton"),
     ("ops", "reference", "reference_cache"),
-    ("render", "branch", "step", "cache"),
+    ("render", "branch", "device_step", "step", "cache", "plan_buffers"),
     ("",),  # fork_attn/__init__.py, the public names
     ("hf",),
     ("reason",),

@@ -198,6 +198,25 @@ void fill_step(const PyCore& self, std::uintptr_t position_ids, std::uintptr_t s
   }
 }
 
+// The open step's rows for a step of fixed width: positions, slots and last rows, (width,) int64
+// each, padded with 0, -1 (stored nowhere) and 0.
+void fill_padded_step(const PyCore& self, std::uintptr_t position_ids, std::uintptr_t slot_mapping,
+                      std::uintptr_t last_indices, std::size_t width) {
+  const Step& step = self.core.step();
+  const auto pad = [width](std::uintptr_t to, std::size_t count, int64_t value) {
+    std::fill(reinterpret_cast<int64_t*>(to) + count, reinterpret_cast<int64_t*>(to) + width,
+              value);
+  };
+  std::copy(step.positions.begin(), step.positions.end(), reinterpret_cast<int64_t*>(position_ids));
+  std::copy(step.slot_mapping.begin(), step.slot_mapping.end(),
+            reinterpret_cast<int64_t*>(slot_mapping));
+  auto* last = reinterpret_cast<int64_t*>(last_indices);
+  for (const StepRow& row : step.rows) *last++ = row.row_begin + row.num_tokens - 1;
+  pad(position_ids, step.positions.size(), 0);
+  pad(slot_mapping, step.positions.size(), -1);
+  pad(last_indices, step.rows.size(), 0);
+}
+
 void bind_step(py::class_<PyCore>& c) {
   c.def("open_step",
         [](PyCore& self, py::handle tokens, py::handle cache, py::handle branch_type,
@@ -208,6 +227,7 @@ void bind_step(py::class_<PyCore>& c) {
           return py::make_tuple(self.core.step().positions.size(), self.core.step().rows.size());
         })
       .def("fill_step", &fill_step)
+      .def("fill_padded_step", &fill_padded_step)
       .def("step_copies",
            [](const PyCore& self) {
              std::vector<std::pair<int32_t, int32_t>> out;
@@ -318,6 +338,11 @@ void bind_plan(py::module_& m) {
              std::copy(self.buffer.begin(), self.buffer.end(),
                        reinterpret_cast<int64_t*>(words));
            })
+      .def_property_readonly(
+          "num_rotations",
+          [](const PlanData& self) {
+            return reinterpret_cast<const PlanHeader*>(self.buffer.data())->num_rotations;
+          })
       .def_property_readonly("num_words",
                              [](const PlanData& self) { return self.buffer.size(); })
       .def_property_readonly(

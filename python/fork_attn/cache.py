@@ -10,8 +10,10 @@ import torch
 
 from fork_attn import _C, checks, ops
 from fork_attn.branch import Branch, make_branch
+from fork_attn.device_step import Kind, plan_target
 from fork_attn.errors import ForeignBranch, OutOfPages, StalePlan, Unsupported
 from fork_attn.render import render_cache
+from fork_attn.staging import PageLists, Staging
 from fork_attn.step import Draft, Step
 from fork_attn.storage import KVStorage, Layer, PerLayer, make_layers
 from fork_attn.streams import OtherStreams
@@ -54,7 +56,7 @@ class ForkedKVCache:
             takes a fresh page, "copy" copies it (copy-on-write), which keeps page tables dense.
         backend: see `tree_attention`.
         batch_invariant: not part of this version.
-        num_workers: workers that plans are balanced for; None means the device's cores.
+        num_workers: workers that plans are balanced for; None means the device's cores or SMs.
 
     Raises:
         ValueError, TypeError: an argument is off.
@@ -98,9 +100,12 @@ class ForkedKVCache:
         self.device = _with_index(torch.device(device))
         self.tail = tail
         self.backend = ops.resolve_backend(backend, self.device)
-        if self.device.type not in ("cpu", "meta"):
-            raise Unsupported(f"device {self.device}: no GPU backend is part of this version")
-        workers = torch.get_num_threads() if num_workers is None else num_workers
+        if self.device.type not in ("cpu", "meta", "cuda"):
+            raise Unsupported(f"device {self.device}: expected the CPU, a CUDA device or 'meta'")
+        # Whether page lists stay on the device, and steps are sent there as one upload.
+        self._resident = self.backend == "triton" and self.device.type != "meta"
+        self._target = plan_target(self.device)
+        workers = _default_workers(self.device) if num_workers is None else num_workers
         self.num_workers = checks.integer("num_workers", workers, low=1)
         head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
         self._storage = KVStorage(
@@ -112,6 +117,8 @@ class ForkedKVCache:
             lazy=self._lazy_storage,
         )
         self._core = _C.CacheCore(self.num_pages, self.page_size, tail == "copy")
+        self._lists: PageLists | None = None
+        self._staging = Staging(self.device)
         self._streams = OtherStreams(self._core)
         self._own_stream = _current_stream(self.device)
         self._refs: dict[int, weakref.ref[Branch]] = {}
@@ -164,6 +171,7 @@ class ForkedKVCache:
             StaleBranch, ForeignBranch, StepOpen: what their names say.
         """
         core = self._verb()
+        self._require_known_stream()
         if isinstance(tokens, Mapping):
             tokens = dict(tokens)  # one reading: its order is the order of rows
         if self._streams:
@@ -325,9 +333,32 @@ class ForkedKVCache:
         return render_cache(self)
 
     @property
+    def _page_lists(self) -> PageLists:
+        """The page lists on the device; room for all pages several times over, as lists grow by
+        doubling."""
+        if self._lists is None:
+            self._lists = PageLists(self._core, self.device, max(4096, 8 * self.num_pages))
+        return self._lists
+
+    def _kinds(self) -> list[Kind]:
+        """Layers of one kind share a plan: same sliding window, heads and dims."""
+        layers = self._storage.layers
+        return list(dict.fromkeys((x.window, x.plan_shape(self.dtype)) for x in layers))
+
+    @property
     def _open_step(self) -> Step | None:
         step = self._step_ref() if self._step_ref is not None else None
         return step if step is not None and step.state == "open" else None
+
+    def _require_known_stream(self) -> None:
+        if self._own_stream is None:
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self._own_stream and stream not in self._streams:
+            raise ValueError(
+                f"step: expected the cache's own stream {self._own_stream} or one announced by "
+                f"record_stream, got {stream}"
+            )
 
     def _verb(self) -> Any:
         self._free_dropped()
@@ -383,6 +414,12 @@ class ForkedKVCache:
         rows = (step.num_tokens, layer.num_kv_heads)
         checks.tensor("k", k, shape=(*rows, layer.head_dim), dtype=self.dtype, device=self.device)
         checks.tensor("v", v, shape=(*rows, layer.head_dim_v), dtype=self.dtype, device=self.device)
+
+
+def _default_workers(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.get_num_threads()
 
 
 def _with_index(device: torch.device) -> torch.device:

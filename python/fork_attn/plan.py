@@ -23,6 +23,14 @@ class PlanShape:
 
 
 @dataclass(frozen=True, eq=False)
+class PlanOnDevice:
+    """A plan's words on a device, and the page lists there that its runs index."""
+
+    words: torch.Tensor  # (words,) int64
+    pages: torch.Tensor  # (n,) int32
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Which query rows see which slots, as work items; made by `Step`, passed to `tree_attention`.
 
@@ -38,6 +46,8 @@ class Plan:
     page_size: int
     page_limit: int  # caches must have at least as many pages
     num_workers: int
+    # Set where page lists stay on the device; `buffer` then has none of its own.
+    on_device: PlanOnDevice | None = field(default=None, repr=False)
 
     @property
     def _slot_bytes(self) -> int:
@@ -119,19 +129,44 @@ def build_plan(
     Raises:
         ValueError: an unknown target, no workers, a window below 1.
     """
+    data = plan_data(core, window, shape, target, num_workers, resident=False)
+    return make_plan(data, shape, page_size, num_workers)
+
+
+def plan_data(
+    core: _C.CacheCore,
+    window: int | None,
+    shape: PlanShape,
+    target: str,
+    num_workers: int,
+    *,
+    resident: bool,
+) -> _C.PlanData:
+    """What `build_plan` wraps; a resident plan's runs index page lists that stay on the device."""
     if window is not None and window < 1:
         raise ValueError(f"window: expected None or at least 1, got {window}")
     group = shape.num_q_heads // shape.num_kv_heads
     sizes = (shape.num_kv_heads, group, shape.head_dim, shape.head_dim_v, shape.itemsize)
-    data = core.build_plan(window or 0, sizes, target, num_workers)
+    return core.build_plan(window or 0, sizes, target, num_workers, resident)
+
+
+def make_plan(
+    data: _C.PlanData,
+    shape: PlanShape,
+    page_size: int,
+    num_workers: int,
+    on_device: PlanOnDevice | None = None,
+) -> Plan:
+    """A Plan of what the planner made."""
     return Plan(
         torch.frombuffer(data, dtype=torch.int64),
         data.counts,
         tuple(data.span_ns),
         data.cost_ns,
         shape,
-        group=group,
+        group=shape.num_q_heads // shape.num_kv_heads,
         page_size=page_size,
         page_limit=data.page_limit,
         num_workers=num_workers,
+        on_device=on_device,
     )

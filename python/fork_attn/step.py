@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from fork_attn.checks import integer
+from fork_attn.device_step import STEP_TENSORS, upload_step
 from fork_attn.errors import StalePlan
 from fork_attn.plan import Plan, PlanShape, build_plan
 
@@ -61,6 +62,9 @@ class Step:
         seqlens_k: (n,) int32, tokens that each branch sees once the step commits (all of a draft's
             counted).
         last_indices: (n,) int64, each branch's last row.
+
+    The tensors lie on the cache's device. On a GPU they are sent there with the plans, in one
+    upload, when one of them is first asked for.
     """
 
     branches: tuple[Branch, ...]
@@ -75,6 +79,18 @@ class Step:
         self.branches = branches
         self.num_tokens = num_tokens
         self.state = "open"
+        if not cache._resident:
+            self._fill()
+
+    def _fill(self) -> None:
+        """Writes the step's tensors: at once on the CPU; with the plans, in one upload, when one is
+        first asked for on a device where page lists stay."""
+        self._require_open("step")
+        cache, n, num_tokens = self._cache, len(self.branches), self.num_tokens
+        if cache._resident:
+            tensors, self._plans = upload_step(cache, num_tokens, n)
+            self.__dict__.update(tensors)
+            return
         wide = torch.empty(2 * num_tokens + n, dtype=torch.int64)
         narrow = torch.empty(2 * n + 1, dtype=torch.int32)
         self.position_ids, self.slot_mapping, self.last_indices = wide.split(
@@ -88,6 +104,13 @@ class Step:
             self.cu_seqlens_q.data_ptr(),
             self.seqlens_k.data_ptr(),
         )
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name not in STEP_TENSORS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._fill()
+        tensor: torch.Tensor = self.__dict__[name]
+        return tensor
 
     def __repr__(self) -> str:
         return f"Step({self.num_tokens} tokens of {len(self.branches)} branches, {self.state})"
@@ -132,9 +155,17 @@ class Step:
         key = (layer.window, shape)
         if key not in self._plans:
             self._require_open("plan_for")
-            self._plans[key] = build_plan(
-                cache._core, layer.window, shape, cache.page_size, "cpu", cache.num_workers
-            )
+            if cache._resident:
+                self._fill()  # again, where a first write showed other heads than were announced
+            else:
+                self._plans[key] = build_plan(
+                    cache._core,
+                    layer.window,
+                    shape,
+                    cache.page_size,
+                    cache._target,
+                    cache.num_workers,
+                )
         return self._plans[key]
 
     def accept(self, path: Sequence[int], branch: Branch | None = None) -> None:
