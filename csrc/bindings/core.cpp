@@ -284,8 +284,8 @@ void bind_step(py::class_<PyCore>& c) {
            py::arg("resident") = false);
 }
 
-// News of the page lists for the device: how many entries and moves, and the arrays themselves, (n,)
-// int64 each: where, and the page (int32); from, to and count.
+// News of the page lists for the device: how many entries and moves, and the arrays themselves, int32:
+// where (n,), the pages (n,), and from, to, count (m, 3).
 void bind_arena(py::class_<PyCore>& c) {
   c.def("arena_news",
         [](const PyCore& self) {
@@ -295,13 +295,13 @@ void bind_arena(py::class_<PyCore>& c) {
       .def("take_arena_news",
            [](PyCore& self, std::uintptr_t at, std::uintptr_t page, std::uintptr_t moves) {
              PageArena& arena = self.core.store().arena;
-             auto* where = reinterpret_cast<int64_t*>(at);
+             auto* where = reinterpret_cast<int32_t*>(at);
              auto* what = reinterpret_cast<int32_t*>(page);
              for (const PageEntry& e : arena.entries()) {
                *where++ = e.at;
                *what++ = e.page;
              }
-             auto* row = reinterpret_cast<int64_t*>(moves);
+             auto* row = reinterpret_cast<int32_t*>(moves);
              for (const PageMove& m : arena.moves()) {
                *row++ = m.from;
                *row++ = m.to;

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "pool.h"
+
 namespace fork_attn {
 
 struct ArenaPlace {
@@ -46,7 +48,7 @@ class PageArena {
       place.generation = generation_;
     }
     if (count <= place.capacity) return;
-    moves_.reserve(moves_.size() + 1);
+    reserve_extra(moves_, 1);
     const int32_t capacity =
         std::max(kSmallest, static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(count))));
     const int32_t begin = take(capacity);
@@ -60,7 +62,7 @@ class PageArena {
   template <class PageAt>
   void tell(ArenaPlace& place, int32_t count, const PageAt& page_at) {
     if (count <= place.known) return;
-    entries_.reserve(entries_.size() + static_cast<std::size_t>(count - place.known));
+    reserve_extra(entries_, static_cast<std::size_t>(count - place.known));
     for (int32_t i = place.known; i < count; ++i)
       entries_.push_back({place.begin + i, page_at(i)});
     place.known = count;
@@ -98,7 +100,7 @@ class PageArena {
     while (size < kSizes && free_[size] < 0) ++size;
     if (size == kSizes) {
       const std::size_t begin = next_.size();
-      next_.reserve(std::max(begin + capacity, 2 * next_.capacity()));
+      reserve_extra(next_, static_cast<std::size_t>(capacity));
       next_.resize(begin + capacity);
       return static_cast<int32_t>(begin);
     }

@@ -78,13 +78,13 @@ class Staging:
 class News:
     """What the device does not know yet of page lists: new entries, and lists that moved.
 
-    In a buffer: where (n,) int64, moves (m, 3) int64, pages (n,) int32.
+    In a buffer, int32: where (n,), moves (m, 3), pages (n,).
     """
 
     def __init__(self, core: _C.CacheCore, layout: Layout) -> None:
         self.arena_size, entries, moves = core.arena_news()
-        self.where = layout.add(entries, 8)
-        self.moves = layout.add(3 * moves, 8)
+        self.where = layout.add(entries, 4)
+        self.moves = layout.add(3 * moves, 4)
         self.pages = layout.add(entries, 4)
         self.count, self.num_moves = entries, moves
 
@@ -96,7 +96,7 @@ class News:
         core.take_arena_news(at + self.where.start, at + self.pages.start, at + self.moves.start)
         if self.num_moves == 0:
             return 0
-        return int(host[self.moves].view(torch.int64).view(-1, 3)[:, 2].sum())
+        return int(host[self.moves].view(torch.int32).view(-1, 3)[:, 2].sum())
 
 
 class PageLists:
@@ -120,14 +120,14 @@ class PageLists:
     def apply(self, news: News, device_bytes: Tensor, num_moved: int) -> None:
         """Makes the news of an upload, that `device_bytes` holds, part of the lists."""
         if news.num_moves:
-            self._move(device_bytes[news.moves].view(torch.int64).view(-1, 3), num_moved)
+            self._move(device_bytes[news.moves].view(torch.int32).view(-1, 3), num_moved)
         if news.count:
-            where = device_bytes[news.where].view(torch.int64)
+            where = device_bytes[news.where].view(torch.int32).long()
             self.pages.index_copy_(0, where, device_bytes[news.pages].view(torch.int32))
 
     def _move(self, moves: Tensor, total: int) -> None:
         """Moves lists, rows (from, to, count); all are read before any is written."""
-        begin, to, count = moves.unbind(1)
+        begin, to, count = moves.long().unbind(1)
         # The size is given, so that the device need not be asked for it.
         which = torch.repeat_interleave(count, output_size=total)
         first = count.cumsum(0) - count
