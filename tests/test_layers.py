@@ -24,7 +24,7 @@ LAYERS = (
     ("plan", "plan_format"),
     ("storage", "streams", "staging"),
     ("kernels",),
-    ("ops_cache", "ops_triton"),
+    ("ops_cache", "ops_triton", "ops_flash"),
     ("ops", "reference", "reference_cache"),
     ("render", "branch", "device_step", "step", "cache", "plan_buffers"),
     ("",),  # fork_attn/__init__.py, the public names

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fork_attn import _C, checks, ops
+from fork_attn import _C, checks, ops, ops_flash
 from fork_attn.branch import Branch, make_branch
 from fork_attn.device_step import Kind, plan_target
 from fork_attn.errors import ForeignBranch, OutOfPages, StalePlan, Unsupported
@@ -102,6 +102,8 @@ class ForkedKVCache:
         self.backend = ops.resolve_backend(backend, self.device)
         if self.device.type not in ("cpu", "meta", "cuda"):
             raise Unsupported(f"device {self.device}: expected the CPU, a CUDA device or 'meta'")
+        if self.backend == "flash_attn":
+            ops_flash.require_pages(self.page_size)
         # Whether page lists stay on the device, and steps are sent there as one upload.
         self._resident = self.backend == "triton" and self.device.type != "meta"
         self._target = plan_target(self.device)
@@ -240,9 +242,15 @@ class ForkedKVCache:
         options = ops.check_scores(
             softmax_scale, softcap, sinks, layer.num_q_heads, layer.head_dim, self.device
         )
-        plan = step.plan_for(layer_idx)
+        flash = self.backend == "flash_attn"
+        plan = None if flash else step.plan_for(layer_idx)
         k_cache, v_cache = layer.k_cache, layer.v_cache
         assert k_cache is not None and v_cache is not None
+        if flash:
+            tables = step._flash_tables()
+            torch.ops.fork_attn.store_kv(k, v, k_cache, v_cache, step.slot_mapping)
+            return ops_flash.attend(q, k_cache, v_cache, tables, layer.window, *options)
+        assert plan is not None
         self._core.enter()
         try:
             torch.ops.fork_attn.store_kv(k, v, k_cache, v_cache, step.slot_mapping)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from fork_attn import ops_flash
 from fork_attn.checks import integer
 from fork_attn.device_step import STEP_TENSORS, upload_step
 from fork_attn.errors import StalePlan
@@ -75,6 +76,7 @@ class Step:
         n = len(branches)
         self._cache = cache
         self._num_moved = 0  # accepted draft tokens that lie where commit wants them
+        self._tables: ops_flash.Tables | None = None
         self._plans: dict[tuple[int | None, PlanShape], Plan] = {}
         self.branches = branches
         self.num_tokens = num_tokens
@@ -93,17 +95,17 @@ class Step:
             return
         wide = torch.empty(2 * num_tokens + n, dtype=torch.int64)
         narrow = torch.empty(2 * n + 1, dtype=torch.int32)
+        at, narrow_at = wide.data_ptr(), narrow.data_ptr()
+        cache._core.fill_step(
+            at, at + 8 * num_tokens, at + 16 * num_tokens, narrow_at, narrow_at + 4 * (n + 1)
+        )
+        self._host_rows = wide, narrow
+        if cache.device.type == "cuda":
+            wide, narrow = cache._storage.sent(wide), cache._storage.sent(narrow)
         self.position_ids, self.slot_mapping, self.last_indices = wide.split(
             (num_tokens, num_tokens, n)
         )
         self.cu_seqlens_q, self.seqlens_k = narrow.split((n + 1, n))
-        cache._core.fill_step(
-            self.position_ids.data_ptr(),
-            self.slot_mapping.data_ptr(),
-            self.last_indices.data_ptr(),
-            self.cu_seqlens_q.data_ptr(),
-            self.seqlens_k.data_ptr(),
-        )
 
     def __getattr__(self, name: str) -> torch.Tensor:
         if name not in STEP_TENSORS:
@@ -167,6 +169,25 @@ class Step:
                     cache.num_workers,
                 )
         return self._plans[key]
+
+    def _flash_tables(self) -> ops_flash.Tables:
+        """Dense page tables of the step's branches, made once.
+
+        Raises:
+            NotDense, Unsupported: see `ops_flash.step_tables`.
+        """
+        if self._tables is None:
+            self._require_open("attend")
+            cache, n = self._cache, self.num_tokens
+            wide, narrow = self._host_rows
+            self._tables = ops_flash.step_tables(
+                cache._core,
+                [branch._handle for branch in self.branches],
+                narrow[: len(self.branches) + 1].diff().tolist(),
+                wide[n : 2 * n].tolist(),
+                cache.page_size,
+            ).to(cache.device)
+        return self._tables
 
     def accept(self, path: Sequence[int], branch: Branch | None = None) -> None:
         """Keeps the draft tokens `path` of a branch when the step commits; all others are dropped.

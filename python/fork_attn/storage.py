@@ -105,13 +105,19 @@ class KVStorage:
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole pages (from, to) in every layer (copy-on-write)."""
-        pages = torch.tensor(copies, dtype=torch.int32).t().contiguous().to(self.device)
+        pages = self.sent(torch.tensor(copies, dtype=torch.int32).t().contiguous())
         torch.ops.fork_attn.copy_pages(self._caches(), *pages)
 
     def move_slots(self, moves: Sequence[tuple[int, int]]) -> None:
         """Moves slots (from, to) in every layer; all are read before any is written."""
-        slots = torch.tensor(moves, dtype=torch.int64).t().contiguous().to(self.device)
+        slots = self.sent(torch.tensor(moves, dtype=torch.int64).t().contiguous())
         torch.ops.fork_attn.move_slots(self._caches(), *slots)
+
+    def sent(self, host: torch.Tensor) -> torch.Tensor:
+        """On the device, without waiting for it."""
+        if self.device.type == "cuda":
+            host = host.pin_memory()  # torch keeps it until the copy is made
+        return host.to(self.device, non_blocking=True)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """K and V, of layers yet to come too, outlive the work queued on a stream."""
