@@ -22,7 +22,7 @@ LAYERS = (
     ("kv_library",),
     ("kv_checks",),
     ("plan", "plan_format"),
-    ("storage", "streams", "staging"),
+    ("storage", "streams", "staging", "scrub"),
     ("kernels",),
     ("ops_cache", "ops_triton", "ops_flash"),
     ("ops", "reference", "reference_cache"),

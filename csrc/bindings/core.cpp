@@ -259,6 +259,12 @@ void bind_step(py::class_<PyCore>& c) {
       .def("defer_frees", verb(&CacheCore::defer_frees))
       .def("close_epoch", [](PyCore& self) { return self.core.close_epoch(); })
       .def("end_epoch", [](PyCore& self, int64_t epoch) { return self.core.end_epoch(epoch); })
+      .def("unseen_slots",
+           [](const PyCore& self) {
+             std::vector<int64_t> out;
+             self.core.unseen_slots(out);
+             return out;
+           })
       .def("pending_pages",
            [](const PyCore& self) {
              std::vector<std::pair<int32_t, int64_t>> out;  // page, epoch

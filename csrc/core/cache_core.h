@@ -134,6 +134,8 @@ class CacheCore {
   void page_table(Handle branch, std::vector<int32_t>& out) const;  // kNotDense
   void context(Handle branch, std::vector<ContextPart>& out) const;
   int64_t parent_serial(Handle branch) const;  // -1: not forked from a live branch
+  // Slots that no branch sees, pending pages left out.
+  void unseen_slots(std::vector<int64_t>& out) const;
   CoreStats stats() const;
   void check() const;  // kInvariant
   uint64_t digest() const;

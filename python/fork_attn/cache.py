@@ -13,6 +13,7 @@ from fork_attn.branch import Branch, make_branch
 from fork_attn.device_step import Kind, plan_target
 from fork_attn.errors import ForeignBranch, OutOfPages, StalePlan, Unsupported
 from fork_attn.render import render_cache
+from fork_attn.scrub import make_scrub
 from fork_attn.staging import PageLists, Staging
 from fork_attn.step import Draft, Step
 from fork_attn.storage import KVStorage, Layer, PerLayer, make_layers
@@ -122,6 +123,7 @@ class ForkedKVCache:
         self._lists: PageLists | None = None
         self._staging = Staging(self.device)
         self._streams = OtherStreams(self._core)
+        self._scrub = make_scrub(self._core, self._storage)
         self._own_stream = _current_stream(self.device)
         self._refs: dict[int, weakref.ref[Branch]] = {}
         self._dropped: list[int] = []
@@ -178,12 +180,16 @@ class ForkedKVCache:
             tokens = dict(tokens)  # one reading: its order is the order of rows
         if self._streams:
             self._streams.poll()
+        if self._scrub is not None:
+            self._scrub.run()  # pages that streams gave back
         try:
             num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
         except OutOfPages as e:
             if not wait or e.needed > e.free + e.pending:
                 raise
             self._streams.wait(e.needed - e.free)
+            if self._scrub is not None:
+                self._scrub.run()
             num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
         try:
             step = Step(self, tuple(tokens), num_tokens)
@@ -384,6 +390,8 @@ class ForkedKVCache:
         """Follows every call of the core that may have freed pages."""
         if self._streams:
             self._streams.mark()
+        if self._scrub is not None and not self._core.step_open:
+            self._scrub.run()
 
     def _drop(self, handle: int) -> None:
         if self._refs.pop(handle, None) is not None:

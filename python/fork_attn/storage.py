@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, Union
 
@@ -72,6 +72,7 @@ class KVStorage:
         self.dtype = dtype
         self.device = device
         self._streams: list[torch.cuda.Stream] = []
+        self.fill_new: Callable[[torch.Tensor], None] | None = None  # of a layer's new memory
         if not lazy:
             for layer in layers:
                 self._allocate(layer)
@@ -106,12 +107,12 @@ class KVStorage:
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole pages (from, to) in every layer (copy-on-write)."""
         pages = self.sent(torch.tensor(copies, dtype=torch.int32).t().contiguous())
-        torch.ops.fork_attn.copy_pages(self._caches(), *pages)
+        torch.ops.fork_attn.copy_pages(self.caches(), *pages)
 
     def move_slots(self, moves: Sequence[tuple[int, int]]) -> None:
         """Moves slots (from, to) in every layer; all are read before any is written."""
         slots = self.sent(torch.tensor(moves, dtype=torch.int64).t().contiguous())
-        torch.ops.fork_attn.move_slots(self._caches(), *slots)
+        torch.ops.fork_attn.move_slots(self.caches(), *slots)
 
     def sent(self, host: torch.Tensor) -> torch.Tensor:
         """On the device, without waiting for it."""
@@ -122,7 +123,7 @@ class KVStorage:
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """K and V, of layers yet to come too, outlive the work queued on a stream."""
         self._streams.append(stream)
-        for cache in self._caches():
+        for cache in self.caches():
             cache.record_stream(stream)
 
     def _allocate(self, layer: Layer) -> None:
@@ -134,11 +135,13 @@ class KVStorage:
             ).transpose(1, 2)
             for dim in (layer.head_dim, layer.head_dim_v)
         )
-        for stream in self._streams:
-            for cache in layer.caches():
+        for cache in layer.caches():
+            if self.fill_new is not None:
+                self.fill_new(cache)
+            for stream in self._streams:
                 cache.record_stream(stream)
 
-    def _caches(self) -> list[torch.Tensor]:
+    def caches(self) -> list[torch.Tensor]:
         if self.device.type == "meta":
             return []
         return [cache for layer in self.layers for cache in layer.caches()]
