@@ -13,7 +13,7 @@ BUILD_FILES := setup.py pyproject.toml constraints.txt CMakeLists.txt python/for
 	$(shell find csrc -type f)
 CPP_FILES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test cpp-test sanitize pytest lint format bench gpu clean
+.PHONY: help demo test cpp-test sanitize triton-test pytest lint format bench gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -22,10 +22,18 @@ help:  ## this list
 demo: $(VENV)/.installed-demo $(VENV)/.weights  ## fork and join a real model; PROMPT="…" for your own
 	$(PY) -m fork_attn demo $(if $(PROMPT),--prompt "$$PROMPT")
 
-test: cpp-test sanitize pytest  ## C++ tests (plain and sanitized), then all Python tests
+test: cpp-test sanitize triton-test pytest  ## C++ tests (plain and sanitized), Triton kernels, all Python tests
 
 pytest: $(VENV)/.installed-dev $(VENV)/.weights  ## the Python tests; ARGS="-k name" to choose
-	$(PY) -m pytest -n 2 --dist loadfile tests $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=tests/%) tests $(ARGS)
+
+# Triton fixes in the process whether it interprets or compiles.
+ALONE := triton_interpreter triton_compile gpu
+
+triton-test: $(VENV)/.installed-dev  ## Triton kernels, interpreted, and compiled for GPUs that are not here
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 \
+		$(PY) -m pytest -q -n 2 -W ignore::DeprecationWarning tests/triton_interpreter
+	$(PY) -m pytest -q -n 2 tests/triton_compile
 
 lint: $(VENV)/.installed-dev build/stage  ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check .

@@ -42,9 +42,10 @@ class CachePair:
             page_size=page_size,
             dtype=m.dtype,
             tail=tail,
+            rope=m.ropes,
             **options,
         )
-        self.oracle = DeepCopyCache()
+        self.oracle = DeepCopyCache(m.ropes)
         self.ids: dict[Branch, int] = {}
         self.table = table or KVTable(m)
         self.results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -76,21 +77,36 @@ class CachePair:
 
     def check(self) -> None:
         """The cache equals the oracle; slots that nobody sees are poisoned."""
+        self.cache.stats()  # frees what was dropped
         self.cache.check()
         assert set(self.cache.branches) == set(self.ids)
-        identities: list[int] = []
+        seen: list[Token] = []
         slots = [torch.empty(0, dtype=torch.int64)]
         readers: dict[int, int] = {}
         for branch, i in self.ids.items():
-            tokens = self.oracle.tokens(i)
-            slots.append(self._check_branch(branch, tokens, self.oracle.position(i), readers))
-            identities += [t.identity for t in tokens]
+            self._check_branch(branch, self.oracle.tokens(i), self.oracle.position(i))
+            tokens, at = self._check_view(branch, i)
+            for page in (at // self.cache.page_size).unique().tolist():
+                readers[page] = readers.get(page, 0) + 1
+            seen += tokens
+            slots.append(at)
         self._check_stats(readers)
-        self._check_bytes(identities, torch.cat(slots))
+        self._check_bytes(seen, torch.cat(slots))
 
-    def _check_branch(
-        self, branch: Branch, tokens: list[Token], position: int, readers: dict[int, int]
-    ) -> torch.Tensor:
+    def _check_view(self, branch: Branch, i: int) -> tuple[list[Token], torch.Tensor]:
+        tokens, _ = self.oracle.view(i)
+        slots, positions = self.cache._core.view(branch._handle)
+        assert positions == [t.position for t in tokens]
+        assert len(set(slots)) == len(slots) == len(tokens)
+        places = self.oracle.places(i)
+        if not places:
+            assert slots == self.slots(branch)
+        others = {self.ids[b]: b.id for b in self.ids} | {None: -1}
+        want = [others[place.watch.other] for place in places]
+        assert self.cache._core.watched(branch._handle) == want
+        return tokens, torch.tensor(slots, dtype=torch.int64)
+
+    def _check_branch(self, branch: Branch, tokens: list[Token], position: int) -> None:
         core, handle, size = self.cache._core, branch._handle, self.cache.page_size
         assert branch.alive and core.length(handle) == len(tokens)
         assert core.position(handle) == position
@@ -99,16 +115,15 @@ class CachePair:
         assert len(slots) == len(tokens)
         pages = (slots // size).unique().tolist()
         assert core.num_pages(handle) == len(pages)
-        for page in pages:
-            readers[page] = readers.get(page, 0) + 1
         at = torch.arange(len(slots))
         dense = torch.equal(slots, slots[at // size * size] // size * size + at % size)
+        dense &= not self.oracle.places(self.ids[branch])
+        dense &= all(t.position == t.written for t in tokens)
         try:
             table = core.page_table(handle)
             assert dense and table == (slots[::size] // size).tolist()
         except NotDense:
             assert not dense
-        return slots
 
     def _check_stats(self, readers: dict[int, int]) -> None:
         stats = self.cache.stats()
@@ -132,17 +147,26 @@ class CachePair:
             assert all(map(torch.equal, bits, before)), "a pending page was written"
         self._in_flight = {key: self._in_flight[key] for key in pending}
 
-    def _check_bytes(self, identities: list[int], at: torch.Tensor) -> None:
+    def _check_bytes(self, tokens: list[Token], at: torch.Tensor) -> None:
         size, bits = self.cache.page_size, BIT_TYPES[self.model.dtype]
         unseen = torch.ones(self.cache.num_pages * size, dtype=torch.bool)
         unseen[at] = False
         for page, _ in self.cache._core.pending_pages():
             unseen.view(-1, size)[page] = False
+        copied = torch.tensor([t.copied for t in tokens], dtype=torch.bool)
         for layer in range(len(self.model.windows)):
-            stored = self.cache.layer(layer)
-            for cache, want in zip(stored, self.table.kv(layer, identities), strict=True):
-                got = cache[at // size, at % size]
-                assert torch.equal(got.view(bits), want.view(bits)), "a token's bytes changed"
+            wanted = self.table.kv(layer, [t.identity for t in tokens])
+            for i, cache in enumerate(self.cache.layer(layer)):
+                got, want = cache[at // size, at % size], wanted[i]
+                turned = copied if i == 0 else torch.zeros_like(copied)
+                same = got[~turned].view(bits), want[~turned].view(bits)
+                assert torch.equal(*same), "a token's bytes changed"
+                if bool(turned.any()):
+                    keys = [t.kv[layer][0] for t in tokens if t.copied]
+                    limit = 4 * torch.finfo(got.dtype).eps
+                    torch.testing.assert_close(
+                        got[turned], torch.stack(keys), atol=limit * 4, rtol=limit
+                    )
         self.poison(unseen.view(-1, size))
 
     @contextmanager
@@ -185,10 +209,25 @@ class CachePair:
         branch: Branch,
         children: Sequence[Branch],
         position: Literal["max", "sum"] | int = "max",
+        rebase: bool | Literal["copy"] = False,
     ) -> None:
-        branch.join(children, position=position)
-        self.oracle.join(self.ids[branch], [self.ids[c] for c in children], position)
+        before = self.digest()
+        try:
+            branch.join(children, position=position, rebase=rebase)
+        except OutOfPages as e:
+            assert self.digest() == before and rebase == "copy"
+            assert e.needed > e.free == self.cache.stats().pages_free
+            raise
+        self.oracle.join(self.ids[branch], [self.ids[c] for c in children], position, rebase)
         self._forget()
+
+    def watch(self, branch: Branch, other: Branch, lag: int = 0, rebase: bool = True) -> None:
+        branch.watch(other, lag=lag, rebase=rebase)
+        self.oracle.watch(self.ids[branch], self.ids[other], lag=lag, rebase=rebase)
+
+    def watches(self, branch: Branch, other: Branch) -> bool:
+        """Whether a branch watches another one."""
+        return other in self.ids and other.id in self.cache._core.watched(branch._handle)
 
     def select(self, branch: Branch, child: Branch) -> None:
         branch.select(child)
@@ -203,9 +242,9 @@ class CachePair:
         branch.crop(length)
         self.oracle.crop(self.ids[branch], length)
 
-    def excise(self, branch: Branch, start: int, end: int) -> None:
-        branch.excise(start, end)
-        self.oracle.excise(self.ids[branch], start, end)
+    def excise(self, branch: Branch, start: int, end: int, rebase: bool = False) -> None:
+        branch.excise(start, end, rebase=rebase)
+        self.oracle.excise(self.ids[branch], start, end, rebase)
 
     def set_position(self, branch: Branch, position: int) -> None:
         branch.position = position
@@ -291,7 +330,7 @@ class CachePair:
         assert step.seqlens_k.tolist() == lengths
         assert step.position_ids.tolist() == [t.position for p in placed for t in p]
         slots = step.slot_mapping.tolist()
-        seen = {slot for branch in self.ids for slot in self.slots(branch)}
+        seen = {slot for branch in self.ids for slot in self.cache._core.view(branch._handle)[0]}
         assert len(set(slots)) == len(slots) and not seen.intersection(slots)
 
     def step(

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from fork_attn import Rope
+
 
 @dataclass(frozen=True)
 class Model:
-    """What the cache holds KV for. Layers differ in their window only."""
+    """What the cache holds KV for. Layers differ in their window and their RoPE only."""
 
     num_q_heads: int = 4
     num_kv_heads: int = 2
@@ -18,6 +20,17 @@ class Model:
     head_dim_v: int | None = None
     windows: tuple[int | None, ...] = (None, 5)
     dtype: torch.dtype = torch.float32
+
+    @property
+    def ropes(self) -> list[Rope]:
+        """Whole or half heads, of both layouts; none in every third layer."""
+        half = self.head_dim // 4 * 2
+        kinds = [
+            Rope.from_base(self.head_dim // 2 * 2, 100.0),
+            Rope.from_base(half, 1000.0, interleaved=True, start=self.head_dim - half),
+            Rope.none(),
+        ]
+        return [kinds[i % 3] for i in range(len(self.windows))]
 
 
 class KVTable:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from fork_attn import _C
-from fork_attn.plan_format import DIAGONAL, PER_SLOT, WINDOW, expand_plan, header
-from fork_attn.reference import attention
+from fork_attn.plan_format import DIAGONAL, GATHER, PER_SLOT, WINDOW, expand_plan, header
+from fork_attn.reference import attention, dequantised
 from fork_attn.testing.planbuf import ALL_TOKENS, BlockSpec, RunSpec, build_plan
 from fork_attn.testing.tolerance import assert_close_to_oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+DTYPE_CODES = {dtype: code for code, dtype in enumerate([*DTYPES, torch.float8_e4m3fn])}
 NAN = float("nan")
 
 
@@ -38,6 +38,8 @@ class Case:
     scale: float = 0.125
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         s = self.shape
@@ -50,8 +52,9 @@ class Case:
             paged_arg(self.v),
             rows_arg(out),
             lse.data_ptr(),
-            0 if self.sinks is None else self.sinks.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in (self.sinks, self.k_scale, self.v_scale)),
             DTYPE_CODES[s.dtype],
+            DTYPE_CODES[self.k.dtype],
             self.q.shape[1],
             s.num_kv_heads,
             s.head_dim,
@@ -63,7 +66,10 @@ class Case:
 
     def dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         mask = expand_plan(self.plan)
-        k, v = (cache.flatten(0, 1)[: mask.shape[1]] for cache in (self.k, self.v))
+        k, v = (
+            dequantised(cache.flatten(0, 1)[: mask.shape[1]], scale)
+            for cache, scale in ((self.k, self.k_scale), (self.v, self.v_scale))
+        )
         options = {"softmax_scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
         return attention(self.q, k, v, mask, dtype=dtype, **options)
 
@@ -145,8 +151,11 @@ class RandomPlan:
         pages = list(range(self.next_page, self.next_page + num_pages))
         self.next_page += num_pages
         rng.shuffle(pages)
-        kinds = [0, 0, 0, DIAGONAL, WINDOW, PER_SLOT, DIAGONAL | WINDOW, PER_SLOT | WINDOW]
-        kind = rng.choice(kinds) if self.window else rng.choice([0, 0, DIAGONAL, PER_SLOT])
+        kinds = [0, 0, DIAGONAL, WINDOW, PER_SLOT, DIAGONAL | WINDOW, PER_SLOT | WINDOW, GATHER]
+        kind = rng.choice(kinds) if self.window else rng.choice([0, 0, DIAGONAL, PER_SLOT, GATHER])
+        if kind == GATHER:  # slots of these pages, in any order
+            slots = [page * page_size + at for page in pages for at in range(page_size)]
+            pages, first_slot = rng.sample(slots, num_slots), 0
         words = [rng.choice([0, ALL_TOKENS, rng.getrandbits(64)]) for _ in range(num_slots)]
         return RunSpec(
             pages,
@@ -156,7 +165,7 @@ class RandomPlan:
             mask=rng.choice([0, ALL_TOKENS, ALL_TOKENS, ALL_TOKENS, rng.getrandbits(64)]),
             kind=kind,
             diag=rng.randint(-num_tokens - 2, num_slots + 2),
-            words=words if kind & PER_SLOT else (),
+            words=words if kind & (PER_SLOT | GATHER) else (),
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fork_attn import ops_cache
+from fork_attn import _C, DeviceError, Unsupported, ops_cache
 
 FP8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -114,7 +114,7 @@ def test_store_kv_with_rope(
     dtype: torch.dtype, cached: torch.dtype | None, rotary_dim: int, interleaved: bool
 ) -> None:
     k = torch.randn(77, 2, 128).to(dtype)
-    k.view(-1)[:: 1001] = torch.nan
+    k.view(-1)[::1001] = torch.nan
     v = torch.randn(77, 2, 80).to(dtype)
     k_cache, v_cache = (paged(20, 16, 2, dim, cached or dtype) for dim in (128, 80))
     k_before = k_cache.clone()
@@ -174,9 +174,7 @@ def test_shift_rope(dtype: torch.dtype, interleaved: bool) -> None:
     src, dst = slots[:40], slots[40:80].clone()
     dst[::3] = src[::3]  # in place
     rows = torch.randint(0, 50, (40,))
-    ops_cache.shift_rope(
-        k_cache, v_cache, src, dst, cos, sin, rows, interleaved=interleaved
-    )
+    ops_cache.shift_rope(k_cache, v_cache, src, dst, cos, sin, rows, interleaved=interleaved)
     source = by_slot(before, src)
     turned = rotated(source, cos, sin, rows, interleaved)
     expected = quantised(turned, torch.ones(2)) if dtype == FP8 else turned.to(dtype)
@@ -307,10 +305,16 @@ def test_bad_arguments_change_nothing(
     before = [t.clone() for t in held]
     with pytest.raises(error, match=message):
         getattr(ops_cache, name)(**arguments)
-    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(held, before, strict=True) if x.element_size() < 8)
+    assert all(
+        torch.equal(bits(x), bits(y))
+        for x, y in zip(held, before, strict=True)
+        if x.element_size() < 8
+    )
 
 
-@pytest.mark.parametrize("name", ["store_kv", "shift_rope", "gather_kv", "copy_pages", "move_slots"])
+@pytest.mark.parametrize(
+    "name", ["store_kv", "shift_rope", "gather_kv", "copy_pages", "move_slots"]
+)
 def test_good_arguments_are_taken(name: str) -> None:
     getattr(ops_cache, name)(**_arguments()[name])
 
@@ -331,14 +335,26 @@ def test_opcheck() -> None:
     store = arguments["store_kv"]
     k, v, k_cache, v_cache, slots, cos, sin, rows = store.values()
     ops = torch.ops.fork_attn
-    scaled = (k_cache.to(FP8), v_cache.to(FP8), slots, torch.ones(2), torch.ones(2))
     torch.library.opcheck(
         ops.store_kv.default, (k, v, k_cache, v_cache, slots, None, None, cos, sin, rows)
     )
-    torch.library.opcheck(ops.gather_kv.default, (*scaled, torch.float16))
+    torch.library.opcheck(ops.gather_kv.default, (k_cache, v_cache, slots))
     torch.library.opcheck(
         ops.shift_rope.default, (k_cache, v_cache, slots, slots + 1, cos, sin, rows)
     )
     pages = torch.tensor([0, 1], dtype=torch.int32)
     torch.library.opcheck(ops.copy_pages.default, ([k_cache, v_cache], pages, pages + 2))
     torch.library.opcheck(ops.move_slots.default, ([k_cache, v_cache], slots, slots - 1))
+
+
+def test_a_failed_launch_is_a_typed_error() -> None:
+    """Without a driver every launch fails; without device code every call says so."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    cache = torch.zeros(64)
+    pages = torch.tensor([0, 1], dtype=torch.int32)
+    pointers = (pages.data_ptr(), pages.data_ptr() + 4, 1)
+    error, message = (DeviceError, "copy_pages: ") if _C.cuda_info()["built"] else (Unsupported, "")
+    with pytest.raises(error, match=message):
+        _C.copy_pages((0, 0), [(cache.data_ptr(), 16, 16)], *pointers)
+    assert not cache.any()

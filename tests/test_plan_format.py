@@ -7,7 +7,15 @@ import random
 import pytest
 import torch
 
-from fork_attn.plan_format import DIAGONAL, PER_SLOT, WINDOW, expand_plan, header, sections
+from fork_attn.plan_format import (
+    DIAGONAL,
+    GATHER,
+    PER_SLOT,
+    WINDOW,
+    expand_plan,
+    header,
+    sections,
+)
 from fork_attn.testing.planbuf import ALL_TOKENS, BlockSpec, RunSpec, build_plan
 
 
@@ -38,6 +46,25 @@ def test_expand_plan_follows_the_rule(kind: int) -> None:
             slot = run.pages[at // page_size] * page_size + at % page_size
             expected[row, slot] = sees(block, run, t, j, window)
     assert torch.equal(expand_plan(plan), expected)
+
+
+def test_a_gather_run_lists_its_slots() -> None:
+    words = [0b01, 0b11, 0b10, 0]
+    run = RunSpec([7, 2, 30, 12], 4, kind=GATHER, words=words)
+    plan = build_plan([BlockSpec([1, 0], [0, 0], [[run]])], num_tokens=2, group=1, page_size=4)
+    assert header(plan).page_limit == 8 and sections(plan).gather.tolist() == [7, 2, 30, 12]
+    mask = expand_plan(plan)
+    assert mask[1].nonzero().flatten().tolist() == [2, 7]
+    assert mask[0].nonzero().flatten().tolist() == [2, 30]
+
+
+def test_rows_of_no_block_get_an_item_of_their_own() -> None:
+    plan = build_plan(
+        [BlockSpec([1], [0], [[RunSpec([0], 2)]])], num_tokens=3, group=1, page_size=4
+    )
+    s = sections(plan)
+    assert s.items.tolist() == [[0, 0, 1, -1], [1, 1, 1, -1]]
+    assert s.tokens.tolist() == [1, 0, 2]
 
 
 def test_sections() -> None:

@@ -26,6 +26,7 @@ from fork_attn.plan_format import (
     run_visibility,
     sections,
 )
+from fork_attn.reference_cache import DeepCopyCache, Rows, Token
 
 TARGETS = ("cpu", "sm_80", "sm_90", "sm_100")
 WINDOWS = (None, None, 1, 7, 300)
@@ -48,7 +49,10 @@ class Case:
 
 
 class World:
-    """A cache whose branches fork, join, crop and excise at random; children outlive joins."""
+    """A cache whose branches fork, join, watch, crop and excise at random; children outlive joins.
+
+    The oracle beside it says who sees which token, and where.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -65,74 +69,128 @@ class World:
             tail=rng.choice(["seal", "copy"]),
             device="meta",
         )
-        self.live = [self.cache.new_branch()]
+        self.oracle = DeepCopyCache()
+        self.ids = {self.cache.new_branch(): self.oracle.new_branch()}
+        self.tokens = 0
+
+    def rows(self, counts: dict[Branch, int | fa.Draft]) -> dict[int, Rows]:
+        rows = {}
+        for branch, count in counts.items():
+            parents = count.parents if isinstance(count, fa.Draft) else None
+            n = count if isinstance(count, int) else len(count.parents)
+            new = [Token(self.tokens + i, 0) for i in range(n)]
+            self.tokens += n
+            rows[self.ids[branch]] = Rows(new, parents)
+        return rows
 
     def act(self) -> None:
-        rng, branch = self.rng, self.rng.choice(self.live)
-        verb = rng.choice(["grow"] * 4 + ["fork"] * 4 + ["fork_at", "join", "crop", "excise", "at"])
+        rng = self.rng
+        live = list(self.ids)
+        branch = rng.choice(live)
+        oracle, i = self.oracle, self.ids[branch]
+        verb = rng.choice(
+            ["grow"] * 4 + ["fork"] * 4 + ["fork_at", "join", "crop", "excise", "at", "watch"]
+        )
         if verb == "grow":
             most = min(400, 200 * self.cache.page_size)
-            self.cache.step({branch: rng.choice([1, 2, 17, most])}).commit()
-        elif verb == "fork" and len(self.live) < 12:
-            self.live += branch.fork(rng.choice([1, 2, 4]))
-        elif verb == "fork_at" and len(self.live) < 12:
-            self.live.append(branch.fork_at(rng.randint(0, branch.length)))
-        elif verb == "join":
-            children = [b for b in self.live if b is not branch and rng.random() < 0.4]
-            if children:
-                branch.join(children, position=rng.choice(["max", "sum"]))
-                self.live = [b for b in self.live if b.alive]
-        elif verb == "crop":
-            branch.crop(rng.randint(branch.length // 2, branch.length))
-        elif verb == "excise":
-            start = rng.randint(0, branch.length)
-            branch.excise(start, rng.randint(start, branch.length))
+            count = rng.choice([1, 2, 17, most])
+            self.cache.step({branch: count}).commit()
+            oracle.step(self.rows({branch: count}))
+        elif verb == "fork" and len(live) < 12:
+            n = rng.choice([1, 2, 4])
+            self.ids.update(zip(branch.fork(n), oracle.fork(i, n), strict=True))
+        elif verb == "fork_at" and len(live) < 12:
+            length = rng.randint(0, branch.length)
+            self.ids[branch.fork_at(length)] = oracle.fork_at(i, length)
         elif verb == "at":
             branch.position = rng.randint(0, branch.position + 5)
+            oracle.set_position(i, branch.position)
+        elif verb == "watch":
+            other = rng.choice(live)
+            if other is not branch and other.id not in self.cache._core.watched(branch._handle):
+                options = {"lag": rng.choice([0, 0, 1, 5]), "rebase": rng.random() < 0.7}
+                branch.watch(other, **options)
+                oracle.watch(i, self.ids[other], **options)
+        elif not oracle.is_watched(i):
+            self.change(branch, verb)
+
+    def change(self, branch: Branch, verb: str) -> None:
+        rng, oracle, i = self.rng, self.oracle, self.ids[branch]
+        start = rng.randint(0, branch.length)
+        if verb == "join":
+            children = [b for b in self.ids if b is not branch and rng.random() < 0.4]
+            ids = [self.ids[b] for b in children]
+            if children and not oracle.conflict(i, ids):
+                position, rebase = rng.choice(["max", "sum"]), rng.random() < 0.5
+                branch.join(children, position=position, rebase=rebase)
+                oracle.join(i, ids, position, rebase)
+                self.ids = {b: k for b, k in self.ids.items() if b.alive}
+        elif verb == "crop":
+            length = max(start, branch.length // 2)
+            branch.crop(length)
+            oracle.crop(i, length)
+        elif verb == "excise":
+            end = rng.randint(start, branch.length)
+            rebase = rng.random() < 0.5
+            try:
+                branch.excise(start, end, rebase=rebase)
+            except ValueError:  # to negative positions
+                return
+            oracle.excise(i, start, end, rebase)
 
     def open(self) -> Case:
-        rng = self.rng
-        chosen = [b for b in self.live if rng.random() < 0.8] or self.live[:1]
+        rng, live = self.rng, list(self.ids)
+        chosen = [b for b in live if rng.random() < 0.8] or live[:1]
+        watched = {(a, b) for a in chosen for b in chosen if self.watches(a, b)}
         tokens: dict[Branch, int | fa.Draft] = {}
         for branch in chosen:
             count = rng.choice([1, 1, 1, 2, 5, 40, 90])
             draft = fa.Draft([rng.randint(-1, i - 1) for i in range(count)])
-            tokens[branch] = draft if rng.random() < 0.25 else count
-        contexts = {
-            b: (self.cache._core.slots(b._handle), self.cache._core.positions(b._handle))
-            for b in tokens
-        }
+            alone = not any(branch in pair for pair in watched)
+            tokens[branch] = draft if alone and rng.random() < 0.25 else count
+        slots: dict[int, dict[int, int]] = {}  # of each branch's tokens: some may be copies
+        for branch in tokens:
+            seen, _ = self.oracle.view(self.ids[branch])
+            at, _ = self.cache._core.view(branch._handle)
+            slots[self.ids[branch]] = dict(zip((t.identity for t in seen), at, strict=True))
         step = self.cache.step(tokens)
-        case = Case(self.cache, step, self.window, *self.brute_force(step, tokens, contexts))
-        return case
+        rows = self.rows(tokens)
+        identities = [t.identity for r in rows.values() for t in r.tokens]
+        new = dict(zip(identities, step.slot_mapping.tolist(), strict=True))
+        for of_branch in slots.values():
+            of_branch.update(new)
+        return Case(self.cache, step, self.window, *self.brute_force(step, rows, slots))
+
+    def watches(self, branch: Branch, other: Branch) -> bool:
+        return other.id in self.cache._core.watched(branch._handle)
 
     def brute_force(
-        self,
-        step: fa.Step,
-        tokens: dict[Branch, int | fa.Draft],
-        contexts: dict[Branch, tuple[list[int], list[int]]],
+        self, step: fa.Step, rows: dict[int, Rows], slots_of: dict[int, dict[int, int]]
     ) -> tuple[torch.Tensor, Counter[int]]:
         window = self.window or 2**40
         num_slots = self.cache.num_pages * self.cache.page_size
         seen = torch.zeros(step.num_tokens, num_slots, dtype=torch.bool)
         readers: Counter[int] = Counter()
-        new_slots, new_positions = step.slot_mapping.tolist(), step.position_ids.tolist()
-        begin = 0
-        for branch, entry in tokens.items():
-            parents = entry.parents if isinstance(entry, fa.Draft) else range(-1, entry - 1)
-            old_slots, old_positions = contexts[branch]
-            end = begin + len(parents)
-            readers.update(dict.fromkeys([*old_slots, *new_slots[begin:end]], len(parents)))
-            old, old_at = torch.tensor(old_slots).long(), torch.tensor(old_positions).long()
-            for row in range(begin, end):
-                at = new_positions[row]
-                seen[row, old[at - old_at < window]] = True
-                token = row - begin
-                while token >= 0:
-                    if at - new_positions[begin + token] < window:
-                        seen[row, new_slots[begin + token]] = True
-                    token = parents[token]
-            begin = end
+        at = 0
+        for i, new in rows.items():
+            placed, slot_of = self.oracle.place(i, new), slots_of[i]
+            own = [slot_of[t.identity] for t in placed]
+            parents = range(-1, len(own) - 1) if new.parents is None else new.parents
+            readers.update(dict.fromkeys(own, len(own)))
+            past, total = self.oracle.view(i, rows, 0)
+            for row, token in enumerate(placed):
+                if row and self.oracle.places(i):
+                    past, total = self.oracle.view(i, rows, row)
+                slots = torch.tensor([slot_of[t.identity] for t in past]).long()
+                positions = torch.tensor([t.position for t in past]).long()
+                readers.update(slots.tolist())
+                seen[at, slots[token.position + total - positions < window]] = True
+                line = row
+                while line >= 0:
+                    if token.position - placed[line].position < window:
+                        seen[at, own[line]] = True
+                    line = parents[line]
+                at += 1
         return seen, readers
 
 
@@ -154,7 +212,9 @@ def expand(plan: Plan, num_slots: int) -> torch.Tensor:
             run = run_at(s, index)
             slots = run_slots(s, run, h.page_size)
             positions = s.positions[begin : begin + count]
-            times[rows[:, None], slots] += run_visibility(s, run, positions, h.window).int()
+            visible = run_visibility(s, run, positions, h.window).int()
+            where = (rows[:, None].expand_as(visible), slots.expand_as(visible))
+            times.index_put_(where, visible, accumulate=True)  # a row may stand in a block twice
     return times
 
 
@@ -303,6 +363,24 @@ def test_the_plan_of_a_long_prefill_is_small() -> None:
         for target in TARGETS:
             plan = build_plan(cache._core, None, shape, 16, target, 132)
             assert plan.buffer.nbytes < 2 * 10**6, target
+
+
+def test_short_runs_share_tiles() -> None:
+    """On GPUs, short pieces of an item go to one run at its end."""
+    rng = random.Random(0)
+    gathered = 0
+    for _ in range(30):
+        case = random_case(rng)
+        for target in ("sm_80", "sm_90"):
+            s = sections(case.plan(target, 1).buffer)  # one worker: items are whole
+            for begin, end in s.items[:, 1:3].tolist():
+                runs = [run_at(s, i) for i in range(begin, end)]
+                rests = [r for r in runs if r.kind != GATHER and 0 < r.num_slots % 64 <= 48]
+                assert len(rests) <= 1
+                gathered += sum(r.kind == GATHER for r in runs)
+                assert all(r.kind != GATHER for r in runs[:-1])
+        assert not header(case.plan("cpu", 1).buffer).num_gather
+    assert gathered > 10
 
 
 class TestBadInput:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import ClassVar, Literal
 
@@ -22,7 +23,16 @@ from hypothesis.stateful import (
 )
 from kv_table import KVTable, Model
 
-from fork_attn import Branch, Draft, DuplicateBranch, OutOfPages, StaleBranch, StepOpen
+from fork_attn import (
+    Branch,
+    Draft,
+    DuplicateBranch,
+    OutOfPages,
+    StaleBranch,
+    StepOpen,
+    Unsupported,
+)
+from fork_attn.reference_cache import Token
 
 OPERATIONS = {1: 3000, 3: 3000, 16: 3000, 64: 1000}  # by page size, under each tail policy
 STEPS_PER_EXAMPLE = 50
@@ -86,6 +96,9 @@ class CacheMachine(RuleBasedStateMachine):
         accept: dict[Branch, list[int]] | None = None,
         attend: bool = False,
     ) -> None:
+        if self.drafts_under_watch(tokens):
+            self.pair.raises(Unsupported, "neither may draft", lambda: self.pair.cache.step(tokens))
+            return
         self.counts["allocating"] += 1
         try:
             self.pair.step(tokens, accept, attend=attend)
@@ -94,6 +107,15 @@ class CacheMachine(RuleBasedStateMachine):
             self.pair.check()
             self.finish_all()
             self.pair.free(*list(self.pair.ids)[1::2])  # else most pools would stay full
+
+    def drafts_under_watch(self, tokens: dict[Branch, int | Draft]) -> bool:
+        """Whether some branch watches another one of the step, and one of them drafts."""
+        return any(
+            self.pair.watches(a, b)
+            for a, x in tokens.items()
+            for b, y in tokens.items()
+            if isinstance(x, Draft) or isinstance(y, Draft)
+        )
 
     @invariant()
     def equals_the_oracle(self) -> None:
@@ -128,12 +150,53 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(
         picks=st.lists(which, min_size=2, max_size=4),
         position=st.one_of(st.sampled_from(["max", "sum"]), st.integers(0, 50)),
+        rebase=st.sampled_from([False, False, True, "copy"]),
     )
-    def join(self, picks: list[int], position: Literal["max", "sum"] | int) -> None:
+    def join(
+        self,
+        picks: list[int],
+        position: Literal["max", "sum"] | int,
+        rebase: bool | Literal["copy"],
+    ) -> None:
+        pair = self.pair
         parent, *children = self.several(picks)
-        if children:
-            self.freed = children[-1]
-            self.pair.join(parent, children, position)
+        if not children:
+            return
+        ids = [pair.ids[b] for b in children]
+
+        def call() -> None:
+            parent.join(children, position=position, rebase=rebase)
+
+        if self.refused_as_watched(parent, call):
+            return
+        if pair.oracle.conflict(pair.ids[parent], ids):
+            pair.raises(ValueError, "stands at two different positions", call)
+            return
+        freed = children[-1]
+        try:
+            pair.join(parent, children, position, rebase)
+            self.freed = freed
+        except OutOfPages:
+            self.counts["joins out of pages"] += 1
+
+    def refused_as_watched(self, branch: Branch, call: Callable[[], object]) -> bool:
+        """Whether the branch is watched; then the call must have been refused."""
+        watched = self.pair.oracle.is_watched(self.pair.ids[branch])
+        if watched:
+            self.pair.raises(ValueError, "is watched, and may only grow", call)
+        return watched
+
+    @precondition(some_live)
+    @rule(i=which, j=which, lag=st.sampled_from([0, 0, 1, 3]), rebase=st.booleans())
+    def watch(self, i: int, j: int, lag: int, rebase: bool) -> None:
+        pair, branch, other = self.pair, self.live(i), self.live(j)
+        if branch is other:
+            pair.raises(ValueError, "cannot watch itself", lambda: branch.watch(other))
+        elif pair.watches(branch, other):
+            pair.raises(ValueError, "is watched by branch .* already", lambda: branch.watch(other))
+        else:
+            self.counts["watches"] += 1
+            pair.watch(branch, other, lag, rebase)
 
     @precondition(some_live)
     @rule(i=which, j=which)
@@ -144,27 +207,60 @@ class CacheMachine(RuleBasedStateMachine):
             pair.raises(ValueError, "child: expected a descendant", lambda: parent.select(parent))
             return
         child = next(b for b, k in pair.ids.items() if k == below[j % len(below)])
+        if self.refused_as_watched(parent, lambda: parent.select(child)):
+            return
         self.freed = child
         pair.select(parent, child)
 
     @precondition(some_live)
     @rule(picks=some, indices=st.lists(which, min_size=4, max_size=4))
     def reorder(self, picks: list[int], indices: list[int]) -> None:
-        branches = self.several(picks)
-        self.pair.reorder(branches, [i % len(branches) for i in indices[: len(branches)]])
+        pair, branches = self.pair, self.several(picks)
+        order = [i % len(branches) for i in indices[: len(branches)]]
+        if any(
+            k != i and pair.oracle.is_watched(pair.ids[branches[k]]) for k, i in enumerate(order)
+        ):
+            pair.raises(ValueError, "is watched", lambda: pair.cache.reorder(branches, order))
+            return
+        pair.reorder(branches, order)
 
     @precondition(some_live)
     @rule(i=which, part=mostly)
     def crop(self, i: int, part: int) -> None:
         branch = self.live(i)
-        self.pair.crop(branch, self.length(branch, part))
+        length = self.length(branch, part)
+        if not self.refused_as_watched(branch, lambda: branch.crop(length)):
+            self.pair.crop(branch, length)
 
     @precondition(some_live)
-    @rule(i=which, part=fraction, other=fraction)
-    def excise(self, i: int, part: int, other: int) -> None:
-        branch = self.live(i)
+    @rule(i=which, part=fraction, other=fraction, rebase=st.booleans())
+    def excise(self, i: int, part: int, other: int, rebase: bool) -> None:
+        pair, branch = self.pair, self.live(i)
         start, end = sorted((self.length(branch, part), self.length(branch, other)))
-        self.pair.excise(branch, start, end)
+
+        def call() -> None:
+            branch.excise(start, end, rebase=rebase)
+
+        if self.refused_as_watched(branch, call):
+            return
+        if rebase and self.below_zero(branch, start, end):
+            pair.raises(ValueError, "what follows would stand at positions", call)
+            return
+        pair.excise(branch, start, end, rebase)
+
+    def below_zero(self, branch: Branch, start: int, end: int) -> bool:
+        """Whether what follows [start, end) would move to negative positions."""
+        if start == end:
+            return False
+        oracle, i = self.pair.oracle, self.pair.ids[branch]
+        tokens, position = oracle.tokens(i), oracle.position(i)
+        shift = tokens[start].position - (tokens[end].position if end < len(tokens) else position)
+        items, count, moving = oracle.branches[i].items, 0, [position]
+        for item in items:
+            count += isinstance(item, Token)
+            if count > end or (count == end and not isinstance(item, Token)):
+                moving.append(item.position)
+        return min(moving) + shift < 0
 
     @precondition(some_live)
     @rule(i=which, by=st.integers(-3, 9))
@@ -272,6 +368,7 @@ class CacheMachine(RuleBasedStateMachine):
             lambda: b.select(b),
             lambda: b.crop(0),
             lambda: b.excise(0, 0),
+            lambda: b.watch(b),
             lambda: setattr(b, "position", 0),
             b.free,
             lambda: cache.reorder([b], [0]),
@@ -290,6 +387,7 @@ class CacheMachine(RuleBasedStateMachine):
             freed.fork,
             lambda: freed.crop(0),
             freed.free,
+            lambda: freed.watch(freed),
             lambda: pair.cache.step({freed: 1}),
         ):
             pair.raises(StaleBranch, "was freed", call)
@@ -299,12 +397,13 @@ class CacheMachine(RuleBasedStateMachine):
     def use_bad_arguments(self, i: int, beyond: int) -> None:
         pair, b = self.pair, self.live(i)
         end = b.length + beyond
-        pair.raises(ValueError, "length: expected", lambda: b.crop(end))
+        if not pair.oracle.is_watched(pair.ids[b]):
+            pair.raises(ValueError, "length: expected", lambda: b.crop(end))
+            pair.raises(ValueError, "expected", lambda: b.excise(0, end))
         pair.raises(ValueError, "length: expected", lambda: b.fork_at(end))
-        pair.raises(ValueError, "expected", lambda: b.excise(0, end))
         pair.raises(ValueError, "n: expected", lambda: b.fork(0))
         pair.raises(ValueError, "tokens: expected", lambda: pair.cache.step({b: 0}))
-        pair.raises(ValueError, "joined with itself", lambda: b.join([b]))
+        pair.raises(ValueError, "joined with itself|is watched", lambda: b.join([b]))
         pair.raises(DuplicateBranch, "given twice", lambda: pair.cache.free([b, b]))
 
     def teardown(self) -> None:

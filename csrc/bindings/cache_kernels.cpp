@@ -1,5 +1,5 @@
-// The kernels that move K and V. Each call names where it runs: (-1, 0) for the CPU, or a device and
-// its stream.
+// The kernels that move K and V. Each call names where it runs: (-1, 0) for the CPU, or a device
+// and its stream.
 #include "cache_kernels.h"
 
 #include <pybind11/stl.h>

@@ -1,8 +1,12 @@
 #include "core.h"
 
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <atomic>
+#include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <tuple>
@@ -117,6 +121,8 @@ auto list(void (CacheCore::*method)(Handle, std::vector<T>&) const) {
   };
 }
 
+using CopySlots = std::function<void(const std::vector<std::array<int64_t, 3>>&)>;
+
 void bind_verbs(py::class_<PyCore>& c) {
   c.def("enter", &PyCore::enter)
       .def("leave", &PyCore::leave)
@@ -129,13 +135,23 @@ void bind_verbs(py::class_<PyCore>& c) {
       .def("set_position", verb(&CacheCore::set_position))
       .def("join",
            [](PyCore& self, Handle branch, const std::vector<Handle>& children,
-              const std::string& mode, int64_t position) {
+              const std::string& mode, int64_t position, bool rebase,
+              const std::optional<CopySlots>& copy) {
              Use use(self);
-             const JoinPosition m = mode == "max"   ? JoinPosition::kMax
-                                    : mode == "sum" ? JoinPosition::kSum
-                                                    : JoinPosition::kGiven;
-             self.core.join(branch, children, m, position);
+             JoinRequest request;
+             request.mode = mode == "max"   ? JoinPosition::kMax
+                            : mode == "sum" ? JoinPosition::kSum
+                                            : JoinPosition::kGiven;
+             request.position = position;
+             request.rebase = copy ? Rebase::kCopy : rebase ? Rebase::kShift : Rebase::kNo;
+             request.copy = [&](const std::vector<RotatedCopy>& slots) {
+               std::vector<std::array<int64_t, 3>> out;
+               for (const RotatedCopy& s : slots) out.push_back({s.src_slot, s.dst_slot, s.shift});
+               (*copy)(out);
+             };
+             self.core.join(branch, children, request);
            })
+      .def("watch", verb(&CacheCore::watch))
       .def("reorder",
            [](PyCore& self, const std::vector<Handle>& branches,
               const std::vector<int64_t>& indices) {
@@ -166,6 +182,14 @@ void bind_queries(py::class_<PyCore>& c) {
                out.append(py::make_tuple(p.segment, p.lo, p.hi, p.first_position));
              return out;
            })
+      .def("view",
+           [](const PyCore& self, Handle branch) {
+             std::vector<int64_t> slots;
+             std::vector<int64_t> positions;
+             self.core.view(branch, slots, positions);
+             return py::make_tuple(slots, positions);
+           })
+      .def("watched", query(&CacheCore::watched))
       .def("stats",
            [](const PyCore& self) {
              const CoreStats s = self.core.stats();
@@ -276,22 +300,27 @@ void bind_step(py::class_<PyCore>& c) {
       .def("take_reusable", verb(&CacheCore::take_reusable))
       .def("commit_step", verb(&CacheCore::commit_step))
       .def("rollback_step", verb(&CacheCore::rollback_step))
-      .def("build_plan", [](PyCore& self, int32_t window,
-                            const std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>& shape,
-                            const std::string& target, int32_t workers, bool resident) {
-        Use use(self);
-        const auto [num_kv_heads, group, head_dim, head_dim_v, itemsize] = shape;
-        const TargetCosts& costs = target_costs(target);
-        return self.planner.build(
-            self.core,
-            {window, {num_kv_heads, group, head_dim, head_dim_v, itemsize}, &costs, workers,
-                         resident});
-      }, py::arg("window"), py::arg("shape"), py::arg("target"), py::arg("workers"),
-           py::arg("resident") = false);
+      .def(
+          "build_plan",
+          [](PyCore& self, int32_t window,
+             const std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>& shape,
+             const std::string& target, int32_t workers, bool resident) {
+            Use use(self);
+            const auto [num_kv_heads, group, head_dim, head_dim_v, itemsize] = shape;
+            const TargetCosts& costs = target_costs(target);
+            return self.planner.build(self.core,
+                                      {window,
+                                       {num_kv_heads, group, head_dim, head_dim_v, itemsize},
+                                       &costs,
+                                       workers,
+                                       resident});
+          },
+          py::arg("window"), py::arg("shape"), py::arg("target"), py::arg("workers"),
+          py::arg("resident") = false);
 }
 
-// News of the page lists for the device: how many entries and moves, and the arrays themselves, int32:
-// where (n,), the pages (n,), and from, to, count (m, 3).
+// News of the page lists for the device: how many entries and moves, and the arrays themselves,
+// int32: where (n,), the pages (n,), and from, to, count (m, 3).
 void bind_arena(py::class_<PyCore>& c) {
   c.def("arena_news",
         [](const PyCore& self) {
@@ -321,14 +350,14 @@ void bind_arena(py::class_<PyCore>& c) {
 void bind_plan(py::module_& m) {
   m.def("target_costs", [](const std::string& name) {
     const TargetCosts& t = target_costs(name);
-    return py::dict(
-        py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
-        py::arg("spans_per_worker") = t.spans_per_worker, py::arg("bytes_per_ns") = t.bytes_per_ns,
-        py::arg("flops_per_ns_small") = t.flops_per_ns_small,
-        py::arg("flops_per_ns") = t.flops_per_ns, py::arg("row_quantum") = t.row_quantum,
-        py::arg("load_rows") = t.load_rows, py::arg("ns_per_exp") = t.ns_per_exp,
-        py::arg("item_ns") = t.item_ns, py::arg("tile_slots") = t.tile_slots,
-        py::arg("gather_slots") = t.gather_slots);
+    return py::dict(py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
+                    py::arg("spans_per_worker") = t.spans_per_worker,
+                    py::arg("bytes_per_ns") = t.bytes_per_ns,
+                    py::arg("flops_per_ns_small") = t.flops_per_ns_small,
+                    py::arg("flops_per_ns") = t.flops_per_ns,
+                    py::arg("row_quantum") = t.row_quantum, py::arg("load_rows") = t.load_rows,
+                    py::arg("ns_per_exp") = t.ns_per_exp, py::arg("item_ns") = t.item_ns,
+                    py::arg("tile_slots") = t.tile_slots, py::arg("gather_slots") = t.gather_slots);
   });
   py::class_<PlanData>(m, "PlanData", py::buffer_protocol())
       .def_buffer([](PlanData& self) {
@@ -341,18 +370,22 @@ void bind_plan(py::module_& m) {
           })
       .def("copy_to",
            [](const PlanData& self, std::uintptr_t words) {
-             std::copy(self.buffer.begin(), self.buffer.end(),
-                       reinterpret_cast<int64_t*>(words));
+             std::copy(self.buffer.begin(), self.buffer.end(), reinterpret_cast<int64_t*>(words));
            })
       .def_property_readonly(
           "num_rotations",
           [](const PlanData& self) {
             return reinterpret_cast<const PlanHeader*>(self.buffer.data())->num_rotations;
           })
-      .def_property_readonly("num_words",
-                             [](const PlanData& self) { return self.buffer.size(); })
-      .def_property_readonly(
-          "num_partial_rows", [](const PlanData& self) { return self.counts.num_partial_rows; })
+      .def_property_readonly("num_words", [](const PlanData& self) { return self.buffer.size(); })
+      .def_property_readonly("num_partial_rows",
+                             [](const PlanData& self) { return self.counts.num_partial_rows; })
+      .def_property_readonly("rotations",
+                             [](const PlanData& self) {
+                               const auto* h =
+                                   reinterpret_cast<const PlanHeader*>(self.buffer.data());
+                               return py::make_tuple(h->off_rotations, h->num_rotations);
+                             })
       .def_property_readonly("cost_ns", [](const PlanData& self) { return self.cost_ns; })
       .def_property_readonly("span_ns", [](const PlanData& self) { return self.span_ns; })
       .def_property_readonly("counts", [](const PlanData& self) {

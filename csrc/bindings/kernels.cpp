@@ -31,9 +31,10 @@ cpu::RowTensor rows(const RowArg& a) {
 
 void tree_attention_cpu(std::uintptr_t plan, const RowArg& q, const PagedArg& k_cache,
                         const PagedArg& v_cache, const RowArg& out, std::uintptr_t lse,
-                        std::uintptr_t sinks, int32_t dtype, int32_t num_q_heads,
-                        int32_t num_kv_heads, int32_t head_dim, int32_t head_dim_v,
-                        float softmax_scale, float softcap, std::uintptr_t pages) {
+                        std::uintptr_t sinks, std::uintptr_t k_scale, std::uintptr_t v_scale,
+                        int32_t dtype, int32_t kv_dtype, int32_t num_q_heads, int32_t num_kv_heads,
+                        int32_t head_dim, int32_t head_dim_v, float softmax_scale, float softcap,
+                        std::uintptr_t pages) {
   cpu::TreeAttentionParams p{};
   p.plan = pointer<const int64_t>(plan);
   p.pages = pointer<const int32_t>(pages);
@@ -43,7 +44,10 @@ void tree_attention_cpu(std::uintptr_t plan, const RowArg& q, const PagedArg& k_
   p.out = rows(out);
   p.lse = pointer<float>(lse);
   p.sinks = pointer<const float>(sinks);
+  p.k_scale = pointer<const float>(k_scale);
+  p.v_scale = pointer<const float>(v_scale);
   p.dtype = static_cast<cpu::DType>(dtype);
+  p.kv_dtype = static_cast<cpu::DType>(kv_dtype);
   p.num_q_heads = num_q_heads;
   p.num_kv_heads = num_kv_heads;
   p.head_dim = head_dim;
@@ -67,8 +71,9 @@ void merge_states_cpu(std::uintptr_t out, std::uintptr_t lse, int64_t num_states
 void bind_kernels(py::module_& m) {
   m.def("tree_attention_cpu", &tree_attention_cpu, py::arg("plan_ptr"), py::arg("q"),
         py::arg("k_cache"), py::arg("v_cache"), py::arg("out"), py::arg("lse_ptr"),
-        py::arg("sinks_ptr"), py::arg("dtype"), py::arg("num_q_heads"), py::arg("num_kv_heads"),
-        py::arg("head_dim"), py::arg("head_dim_v"), py::arg("softmax_scale"), py::arg("softcap"),
+        py::arg("sinks_ptr"), py::arg("k_scale_ptr"), py::arg("v_scale_ptr"), py::arg("dtype"),
+        py::arg("kv_dtype"), py::arg("num_q_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+        py::arg("head_dim_v"), py::arg("softmax_scale"), py::arg("softcap"),
         py::arg("pages_ptr") = 0);
   m.def("merge_states_cpu", &merge_states_cpu, py::arg("out_ptr"), py::arg("lse_ptr"),
         py::arg("num_states"), py::arg("rows"), py::arg("num_heads"), py::arg("dim"),

@@ -12,11 +12,11 @@ double BlockChooser::block_cost(int64_t tokens, int64_t slots, bool partial) con
 // its own slots.
 double BlockChooser::leaf_cost(const Group& group, int64_t slots_above, bool partial) const {
   const int64_t count = tokens(group);
-  const int64_t context = slots_above + group.slots - count;
+  const int64_t context = slots_above + group.slots - group.own;
   double cost = 0;
   for (int64_t first = 0; first < count; first += max_tokens_) {
     const int64_t last = std::min(count, first + max_tokens_);
-    cost += block_cost(last - first, context + last, partial);
+    cost += block_cost(last - first, context + std::min(last, group.own), partial);
   }
   return cost;
 }

@@ -66,6 +66,7 @@ Index CacheCore::add_branch(Index parent, Index head, int64_t position) noexcept
   b.head = head;
   b.position = position;
   b.parent = parent;
+  b.step_row = -1;
   b.first_child = kNone;
   b.prev_sibling = kNone;
   b.next_sibling = kNone;
@@ -111,6 +112,7 @@ void CacheCore::detach_lineage(Index i) noexcept {
 
 void CacheCore::drop_branch(Index i) noexcept {
   detach_lineage(i);
+  seal(i);
   store_.release(branches_[i].head);
   branches_.give(i);
 }
@@ -127,7 +129,7 @@ Index CacheCore::find_cut(Index head, int64_t length, int32_t& kept) const noexc
   while (head != kNone) {
     const Link& l = store_.links[head];
     const int64_t start = l.length - (l.hi - l.lo);
-    if (start < length) {
+    if (start < length || (l.watch != kNone && l.length == length)) {
       kept = static_cast<int32_t>(length - start);
       return head;
     }
@@ -141,13 +143,14 @@ Index CacheCore::cut(Index head, int64_t length) noexcept {
   const Index at = find_cut(head, length, kept);
   if (at == kNone) return kNone;
   const Link l = store_.links[at];
-  if (kept == l.hi - l.lo) return at;
+  if (kept >= l.hi - l.lo) return at;
   return store_.add_link(l.parent, l.segment, l.lo, l.lo + kept, l.position_shift);
 }
 
 Index CacheCore::split_tail(Index head) noexcept {
   if (tail_ != TailPolicy::kCopy || head == kNone) return head;
   const Link l = store_.links[head];
+  if (l.watch != kNone) return head;
   const int32_t page_start = l.hi / page_size() * page_size();
   if (l.refs != 1 || page_start == l.hi || l.lo >= page_start) return head;
   const Index front = store_.add_link(l.parent, l.segment, l.lo, page_start, l.position_shift);
@@ -198,6 +201,7 @@ Handle CacheCore::fork_at(Handle h, int64_t length) {
 void CacheCore::crop(Handle h, int64_t length) {
   const Index i = require(h);
   require_no_step("crop");
+  require_unwatched(i, "crop");
   const int64_t total = store_.length(branches_[i].head);
   if (length < 0 || length > total) {
     fail(ErrorKind::kValue, "length: expected 0 to the branch's " + std::to_string(total) +
@@ -209,9 +213,10 @@ void CacheCore::crop(Handle h, int64_t length) {
   b.position = store_.end_position(b.head);
 }
 
-void CacheCore::excise(Handle h, int64_t start, int64_t end) {
+void CacheCore::excise(Handle h, int64_t start, int64_t end, bool rebase) {
   const Index i = require(h);
   require_no_step("excise");
+  require_unwatched(i, "excise");
   Branch& b = branches_[i];
   const int64_t total = store_.length(b.head);
   if (start < 0 || end > total || start > end) {
@@ -221,16 +226,53 @@ void CacheCore::excise(Handle h, int64_t start, int64_t end) {
   if (start == end) return;
   std::vector<Index> chain;
   store_.chain(b.head, chain);
+  const int64_t shift = rebase ? closing_shift(chain, b.position, start, end) : 0;
   store_.reserve(0, chain.size() + 1);
   Index head = cut(b.head, start);
   for (const Index at : chain) {
     const Link l = store_.links[at];
+    if (l.watch != kNone) {
+      if (l.length >= end) head = store_.add_watch_link(head, l.watch, l.position_shift + shift);
+      continue;
+    }
     if (l.length <= end) continue;
     const int64_t begin = l.length - (l.hi - l.lo);
     const auto skipped = static_cast<int32_t>(std::max<int64_t>(0, end - begin));
-    head = store_.add_link(head, l.segment, l.lo + skipped, l.hi, l.position_shift);
+    head = store_.add_link(head, l.segment, l.lo + skipped, l.hi, l.position_shift + shift);
   }
   set_head(b, head);
+  b.position += shift;
+}
+
+// By how much what follows [start, end) moves so that its first token stands where the first of
+// these stood.
+int64_t CacheCore::closing_shift(const std::vector<Index>& chain, int64_t position, int64_t start,
+                                 int64_t end) const {
+  int64_t from = position;
+  int64_t to = 0;
+  int64_t least = position;
+  int64_t most = position;
+  for (const Index at : chain) {
+    const Link& l = store_.links[at];
+    const int64_t begin = l.length - (l.hi - l.lo);
+    if (l.watch != kNone) {
+      if (l.length >= end) least = std::min(least, l.position_shift);
+      continue;
+    }
+    const int64_t first = store_.segments[l.segment].first_position + l.lo + l.position_shift;
+    if (begin <= start && start < l.length) to = first + (start - begin);
+    if (begin <= end && end < l.length) from = first + (end - begin);
+    if (l.length <= end) continue;
+    least = std::min(least, first + std::max<int64_t>(0, end - begin));
+    most = std::max(most, first + (l.hi - l.lo));
+  }
+  const int64_t shift = to - from;
+  if (least + shift < 0 || most + shift > kMaxLength) {
+    fail(ErrorKind::kValue, "rebase: what follows would stand at positions " +
+                                std::to_string(least + shift) + " to " +
+                                std::to_string(most + shift) + ", expected 0 to 2**31 - 1");
+  }
+  return shift;
 }
 
 void CacheCore::set_position(Handle h, int64_t position) {
@@ -245,6 +287,9 @@ void CacheCore::set_position(Handle h, int64_t position) {
 void CacheCore::free(std::span<const Handle> handles) {
   require_no_step("free");
   require_distinct(handles);
+  std::size_t sealed = 0;
+  for (const Handle h : handles) sealed += seal_links(find(h));
+  store_.reserve(0, sealed);
   for (const Handle h : handles) drop_branch(find(h));
 }
 
@@ -258,6 +303,7 @@ std::vector<Handle> CacheCore::select(Handle h, Handle child_handle) {
     fail(ErrorKind::kValue, "child: expected a descendant of " + quoted(serial(h)) + ", got " +
                                 quoted(serial(child_handle)));
   }
+  require_unwatched(i, "select");
   std::vector<Index> below;  // every descendant, parents before children
   below.push_back(i);
   for (std::size_t k = 0; k < below.size(); ++k) {
@@ -266,6 +312,9 @@ std::vector<Handle> CacheCore::select(Handle h, Handle child_handle) {
   }
   std::vector<Handle> freed;
   freed.reserve(below.size() - 1);
+  std::size_t sealed = 0;
+  for (const Index gone : below) sealed += seal_links(gone);
+  store_.reserve(0, sealed);
   Branch& b = branches_[i];
   set_head(b, branches_[child].head);
   b.position = branches_[child].position;
@@ -295,6 +344,9 @@ void CacheCore::reorder(std::span<const Handle> handles, std::span<const int64_t
                                   ", got " + std::to_string(index));
     }
     ++uses[index];
+  }
+  for (std::size_t k = 0; k < handles.size(); ++k) {
+    if (indices[k] != static_cast<int64_t>(k)) require_unwatched(find(handles[k]), "reorder");
   }
   store_.reserve(0, handles.size());
   for (std::size_t k = 0; k < handles.size(); ++k) {

@@ -11,7 +11,9 @@
 // part-filled one (kCopy).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -24,6 +26,7 @@ using Handle = uint64_t;  // serial number << 32 | slot; a serial number is neve
 
 enum class TailPolicy { kSeal, kCopy };
 enum class JoinPosition { kMax, kSum, kGiven };
+enum class Rebase { kNo, kShift, kCopy };
 
 constexpr int64_t kMaxLength = INT32_MAX;  // of a context, and of a position
 
@@ -35,7 +38,23 @@ struct Branch {
   Index first_child = kNone;
   Index prev_sibling = kNone;
   Index next_sibling = kNone;
+  int32_t step_row = -1;      // in the open step
   mutable uint64_t mark = 0;  // scratch: duplicates in a list of branches
+};
+
+struct RotatedCopy {  // of one slot, whose key moves `shift` positions on
+  int64_t src_slot;   // page * page_size + offset
+  int64_t dst_slot;
+  int64_t shift;
+};
+
+struct JoinRequest {
+  JoinPosition mode = JoinPosition::kMax;
+  int64_t position = 0;  // kGiven only
+  Rebase rebase = Rebase::kNo;
+  // kCopy: called before anything changes; what it throws leaves no trace. The destinations are
+  // free slots.
+  std::function<void(const std::vector<RotatedCopy>&)> copy = nullptr;
 };
 
 struct StepRequest {
@@ -54,10 +73,10 @@ struct StepRow {
   int32_t first_slot;   // slot of the first new token in the segment written
   int32_t pages_begin;  // reserved pages: [pages_begin, pages_end) of Step::pages
   int32_t pages_end;
-  int32_t parents_begin;  // into Step::parents, drafts only
-  int32_t accepted;       // tokens that commit keeps; -1: a draft that nobody accepted yet
-  Index cut_link;         // copy-on-write: the link in which the copied page begins, else kNone
-  int32_t cut_slot;       // first slot of that page
+  int32_t parents_begin;     // into Step::parents, drafts only
+  int32_t accepted;          // tokens that commit keeps; -1: a draft that nobody accepted yet
+  Index cut_link;            // copy-on-write: the link in which the copied page begins, else kNone
+  int32_t cut_slot;          // first slot of that page
   mutable ArenaPlace place;  // of a new segment's page list on the device, until it has one
 };
 
@@ -94,6 +113,19 @@ struct ContextPart {
   int64_t first_position;
 };
 
+// Slots that tokens [first, first + count) of a row of the open step see `shift` positions from
+// where they were written, or through a watch. Of a row that another one watches also the new
+// tokens.
+struct ViewPart {
+  int32_t first, count;
+  int64_t shift;
+  Index segment;   // kNone: new tokens of `row`, counted from its first
+  int32_t lo, hi;  // slots
+  int32_t row;     // of the step: the watched branch's; -1: not in the step, or not watched
+  bool in_place;   // at its own positions: `lag` says which of the new tokens a token sees
+  int32_t lag;
+};
+
 class CacheCore {
  public:
   CacheCore(int32_t num_pages, int32_t page_size, TailPolicy tail);
@@ -101,12 +133,12 @@ class CacheCore {
   Handle new_branch();
   std::vector<Handle> fork(Handle branch, int64_t n);
   Handle fork_at(Handle branch, int64_t length);
-  void join(Handle branch, std::span<const Handle> children, JoinPosition mode,
-            int64_t position = 0);
+  void join(Handle branch, std::span<const Handle> children, const JoinRequest& request);
+  void watch(Handle branch, Handle other, int64_t lag, bool rebase);
   std::vector<Handle> select(Handle branch, Handle child);  // what it freed
   void reorder(std::span<const Handle> branches, std::span<const int64_t> indices);
   void crop(Handle branch, int64_t length);
-  void excise(Handle branch, int64_t start, int64_t end);
+  void excise(Handle branch, int64_t start, int64_t end, bool rebase = false);
   void set_position(Handle branch, int64_t position);
   void free(std::span<const Handle> branches);
 
@@ -133,6 +165,11 @@ class CacheCore {
   void positions(Handle branch, std::vector<int64_t>& out) const;
   void page_table(Handle branch, std::vector<int32_t>& out) const;  // kNotDense
   void context(Handle branch, std::vector<ContextPart>& out) const;
+  // Everything the branch sees, watched branches at their place: slots, and positions in its view.
+  void view(Handle branch, std::vector<int64_t>& slots, std::vector<int64_t>& positions) const;
+  std::vector<int64_t> watched(Handle branch) const;  // serials in context order, -1: freed
+  // How a row of the open step sees what is not simply its own context: see ViewPart.
+  void view_of_row(const StepRow& row, std::vector<ViewPart>& out) const;
   int64_t parent_serial(Handle branch) const;  // -1: not forked from a live branch
   // Slots that no branch sees, pending pages left out.
   void unseen_slots(std::vector<int64_t>& out) const;
@@ -168,10 +205,31 @@ class CacheCore {
   // The ancestor-or-self of head in which token `length - 1` lies; how many of its slots stay.
   Index find_cut(Index head, int64_t length, int32_t& kept) const noexcept;
   Index cut(Index head, int64_t length) noexcept;  // needs one reserved link
+  int64_t closing_shift(const std::vector<Index>& chain, int64_t position, int64_t start,
+                        int64_t end) const;
   void set_head(Branch& branch, Index head) noexcept;
   // Under kCopy, gives the part-filled tail page a link of its own that all readers share (needs
   // one reserved link).
   Index split_tail(Index head) noexcept;
+
+  // core_watch.cpp
+  void require_unwatched(Index branch, const char* verb) const;
+  void check_join(Handle branch, std::span<const Handle> children) const;
+  void require_unwatched_by(Index branch, Index other) const;
+  // What `other` sees and `head` does not, watches included.
+  std::vector<Link> links_unseen(Index head, Index other) const;
+  // The links of what a watch shows, oldest first, cut to what it shows.
+  template <class F>
+  void each_watched(const Watch& watch, F&& f) const;
+  std::size_t seal_links(Index branch) const;  // to be reserved before it may be dropped
+  void seal(Index branch) noexcept;
+  struct Extent {  // of what a watch shows, in positions
+    int64_t first, end;
+  };
+  Extent extent(const Watch& watch) const;
+  Extent extent(const Watch& watch, const StepRow* other, int32_t num_new) const;
+  void watched_parts(const Watch& watch, ViewPart part, std::vector<ViewPart>& out) const;
+  void validate_watches() const;
 
   // core_step.cpp
   void validate_request(const StepRequest& request, int64_t total) const;
@@ -194,5 +252,23 @@ class CacheCore {
   bool step_open_ = false;
   std::vector<Staged> staged_;  // of the rows that make a segment, in row order
 };
+
+template <class F>
+void CacheCore::each_watched(const Watch& watch, F&& f) const {
+  std::vector<Index> chain;
+  store_.chain(watch.sealed, chain);
+  for (const Index at : chain) f(store_.links[at]);
+  if (watch.other == kNone) return;
+  chain.clear();
+  for (Index at = branches_[watch.other].head; at != kNone; at = store_.links[at].parent) {
+    if (store_.links[at].length <= watch.start) break;
+    if (store_.links[at].watch == kNone) chain.push_back(at);
+  }
+  for (std::size_t k = chain.size(); k-- > 0;) {
+    Link l = store_.links[chain[k]];
+    l.lo = static_cast<int32_t>(std::max<int64_t>(l.lo, l.hi - (l.length - watch.start)));
+    f(l);
+  }
+}
 
 }  // namespace fork_attn

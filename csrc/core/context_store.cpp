@@ -28,16 +28,35 @@ Index ContextStore::add_link(Index parent, Index segment, int32_t lo, int32_t hi
   Segment& s = segments[segment];
   l.parent = parent;
   l.segment = segment;
+  l.watch = kNone;
   l.lo = lo;
   l.hi = hi;
   l.position_shift = shift;
   l.length = length(parent) + (hi - lo);
   l.refs = 0;
+  l.shifted = shift != 0 || (parent != kNone && links[parent].shifted);
   l.prev = kNone;
   l.next = s.first_link;
   if (l.next != kNone) links[l.next].prev = i;
   s.first_link = i;
   s.length = std::max(s.length, hi);
+  retain(parent);
+  return i;
+}
+
+Index ContextStore::add_watch_link(Index parent, Index watch, int64_t position) noexcept {
+  const Index i = links.take();
+  Link& l = links[i];
+  l.parent = parent;
+  l.segment = kNone;
+  l.watch = watch;
+  l.lo = l.hi = 0;
+  l.position_shift = position;
+  l.length = length(parent);
+  l.refs = 0;
+  l.shifted = true;
+  l.prev = l.next = kNone;
+  ++watches[watch].refs;
   retain(parent);
   return i;
 }
@@ -55,11 +74,24 @@ void ContextStore::release(Index link) noexcept {
   while (link != kNone && --links[link].refs == 0) {
     const Link& l = links[link];
     const Index parent = l.parent;
-    unlink(l);
-    reclaim(l.segment, l.lo, l.hi);
-    links.give(link);
+    if (l.watch != kNone) {
+      const Index watch = l.watch;
+      links.give(link);
+      release_watch(watch);
+    } else {
+      unlink(l);
+      reclaim(l.segment, l.lo, l.hi);
+      links.give(link);
+    }
     link = parent;
   }
+}
+
+void ContextStore::release_watch(Index watch) noexcept {
+  if (--watches[watch].refs > 0) return;
+  const Index sealed = watches[watch].sealed;
+  watches.give(watch);
+  release(sealed);  // holds no watches
 }
 
 void ContextStore::extend(Index link, int32_t num_slots) noexcept {
@@ -69,13 +101,23 @@ void ContextStore::extend(Index link, int32_t num_slots) noexcept {
   segments[l.segment].length = l.hi;
 }
 
+void ContextStore::settle_chain(Index head) noexcept {
+  int64_t total = 0;
+  for (Index i = head; i != kNone; i = links[i].parent) total += links[i].hi - links[i].lo;
+  for (Index i = head; i != kNone; i = links[i].parent) {
+    links[i].length = total;
+    links[i].shifted = true;
+    total -= links[i].hi - links[i].lo;
+  }
+}
+
 Index ContextStore::coalesce(Index head) noexcept {
   while (head != kNone && links[head].refs == 1 && links[head].parent != kNone) {
     const Link& l = links[head];
     const Index parent = l.parent;
     Link& p = links[parent];
-    const bool continues =
-        p.segment == l.segment && p.hi == l.lo && p.position_shift == l.position_shift;
+    const bool continues = l.watch == kNone && p.segment == l.segment && p.hi == l.lo &&
+                           p.position_shift == l.position_shift;
     if (p.refs != 1 || !continues) break;
     p.hi = l.hi;
     p.length = l.length;
@@ -87,13 +129,14 @@ Index ContextStore::coalesce(Index head) noexcept {
 }
 
 int64_t ContextStore::end_position(Index head) const noexcept {
+  while (head != kNone && links[head].watch != kNone) head = links[head].parent;
   if (head == kNone) return 0;
   const Link& l = links[head];
   return segments[l.segment].first_position + l.hi + l.position_shift;
 }
 
 bool ContextStore::can_extend(Index head, int64_t position) const noexcept {
-  if (head == kNone) return false;
+  if (head == kNone || links[head].watch != kNone) return false;
   const Link& l = links[head];
   const Segment& s = segments[l.segment];
   return l.hi == s.length && l.position_shift == 0 && !s.frozen && end_position(head) == position;

@@ -4,6 +4,9 @@
 // links, so a fork costs one reference whatever the length of its prefix. Segments are referenced
 // by links, never by branches, and each knows its links: a page that no link reaches goes back to
 // the pool at once.
+//
+// A link without a segment is the place of a watch in a context: what another branch writes is seen
+// there. It counts no tokens, as the other branch may add some at any step.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +36,7 @@ struct Segment {
   int32_t copied_end = 0;  // some copy remembers slots below this one by our uid
   Index first_link = kNone;
   mutable ArenaPlace place;  // of `pages` on the device
-  bool claimed = false;  // a row of the open step writes on in it
+  bool claimed = false;      // a row of the open step writes on in it
   bool frozen =
       false;  // remembered slots were dropped: writing them again would forge their identity
 };
@@ -41,14 +44,28 @@ struct Segment {
 struct Link {
   Index parent = kNone;  // the context before this link
   Index segment = kNone;
+  Index watch = kNone;  // instead of a segment
   int32_t lo = 0;
   int32_t hi = 0;
-  int64_t position_shift = 0;
-  int64_t length = 0;  // of the context up to and including this link
-  int32_t refs = 0;    // branches whose head this is, plus links whose parent this is
-  Index prev = kNone;  // among the links of the segment
+  int64_t position_shift = 0;  // of a watch: the position at which it stands
+  int64_t length = 0;          // of the context up to and including this link
+  int32_t refs = 0;      // branches and watches whose head this is, plus links whose parent this is
+  bool shifted = false;  // this link or one before it may have a shift or be a watch
+  Index prev = kNone;    // among the links of the segment
   Index next = kNone;
   mutable uint64_t mark = 0;  // scratch of walks over chains
+};
+
+// What a context sees of another branch: first the links in `sealed`, then the tokens of the
+// branch's own context from `start` on, as it grows.
+struct Watch {
+  Index other = kNone;   // the branch; kNone: it was freed, and all it had written is in `sealed`
+  Index sealed = kNone;  // the head of a chain
+  int64_t start = 0;
+  int32_t lag = 0;
+  bool rebase =
+      true;          // laid end to end with the watcher's context, or at the tokens' own positions
+  int32_t refs = 0;  // links that name it
 };
 
 class ContextStore {
@@ -61,12 +78,16 @@ class ContextStore {
   Index new_segment(int64_t first_position) noexcept;
   // The new link holds a reference to its parent and starts with none itself.
   Index add_link(Index parent, Index segment, int32_t lo, int32_t hi, int64_t shift) noexcept;
+  // The place of a watch, at `position`; likewise.
+  Index add_watch_link(Index parent, Index watch, int64_t position) noexcept;
   void retain(Index link) noexcept {
     if (link != kNone) ++links[link].refs;
   }
   void release(Index link) noexcept;
   // Lengthens a link that only one context holds; the segment must end where the link does.
   void extend(Index link, int32_t num_slots) noexcept;
+  // Recounts the lengths of a chain whose links got other parents.
+  void settle_chain(Index head) noexcept;
   // Folds the head link into its parent while both belong to one context and continue each other.
   Index coalesce(Index head) noexcept;
 
@@ -86,11 +107,13 @@ class ContextStore {
 
   Pool<Segment> segments;
   Pool<Link> links;
+  Pool<Watch> watches;
   PagePool pages;
   mutable PageArena arena;  // plans tell the device of page lists, and change nothing else
 
  private:
   void unlink(const Link& link) noexcept;
+  void release_watch(Index watch) noexcept;
   void reclaim(Index segment, int32_t lo, int32_t hi) noexcept;
   void truncate(Segment& segment, int32_t length) noexcept;
 

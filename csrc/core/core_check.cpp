@@ -25,6 +25,7 @@ struct Fnv {
 void check_links(const CacheCore& core) {
   const ContextStore& store = core.store();
   std::vector<int32_t> refs(store.links.size(), 0);
+  std::vector<int32_t> watch_refs(store.watches.size(), 0);
   for (Index i = 0; i < core.branches().size(); ++i) {
     if (!core.branches().taken(i)) continue;
     const Index head = core.branches()[i].head;
@@ -35,14 +36,36 @@ void check_links(const CacheCore& core) {
   for (Index i = 0; i < store.links.size(); ++i) {
     if (!store.links.taken(i)) continue;
     const Link& l = store.links[i];
+    const bool shifted = l.parent != kNone && store.links[l.parent].shifted;
+    expect(l.shifted || (!shifted && l.position_shift == 0 && l.watch == kNone),
+           "a link does not know of a shift before it", i);
+    if (l.parent != kNone) ++refs[l.parent];
+    if (l.watch != kNone) {
+      expect(store.watches.taken(l.watch), "a link names a freed watch", i);
+      expect(l.segment == kNone && l.lo == 0 && l.hi == 0 && l.length == store.length(l.parent),
+             "a watch's link holds slots", i);
+      ++watch_refs[l.watch];
+      continue;
+    }
     expect(store.segments.taken(l.segment), "a link names a freed segment", i);
     expect(l.lo >= 0 && l.lo < l.hi && l.hi <= store.segments[l.segment].length,
            "a link leaves its segment", i);
     expect(l.length == store.length(l.parent) + (l.hi - l.lo),
            "a link's length is not the sum of its context", i);
+    expect(store.segments[l.segment].first_position + l.lo + l.position_shift >= 0,
+           "a token stands at a negative position", i);
     if (l.parent == kNone) continue;
     expect(store.links.taken(l.parent), "a link's parent was freed", i);
-    ++refs[l.parent];
+  }
+  for (Index i = 0; i < store.watches.size(); ++i) {
+    if (!store.watches.taken(i)) continue;
+    const Watch& w = store.watches[i];
+    expect(w.refs == watch_refs[i] && w.refs > 0, "a watch's references", i);
+    if (w.sealed != kNone) ++refs[w.sealed];
+    if (w.other == kNone) continue;
+    expect(core.branches().taken(w.other), "a watched branch was freed", i);
+    expect(store.length(core.branches()[w.other].head) >= w.start, "a watched branch has shrunk",
+           i);
   }
   for (Index i = 0; i < store.links.size(); ++i) {
     if (store.links.taken(i))
@@ -82,6 +105,8 @@ void check_segments(const CacheCore& core, std::vector<uint8_t>& owned) {
       owned[s.pages[p]] = 1;
     }
   }
+  for (Index i = 0; i < store.links.size(); ++i)
+    listed += store.links.taken(i) && store.links[i].watch != kNone;
   expect(listed == store.links.count(), "a link is missing from its segment's list",
          static_cast<int64_t>(listed));
 }
@@ -165,8 +190,16 @@ uint64_t CacheCore::digest() const {
     if (!store_.links.taken(i)) continue;
     const Link& l = store_.links[i];
     for (const int64_t x :
-         {int64_t{i}, int64_t{l.parent}, int64_t{l.segment}, int64_t{l.lo}, int64_t{l.hi},
-          l.position_shift, l.length, int64_t{l.refs}, int64_t{l.next}}) {
+         {int64_t{i}, int64_t{l.parent}, int64_t{l.segment}, int64_t{l.watch}, int64_t{l.lo},
+          int64_t{l.hi}, l.position_shift, l.length, int64_t{l.refs}, int64_t{l.next}}) {
+      h.add(x);
+    }
+  }
+  for (Index i = 0; i < store_.watches.size(); ++i) {
+    if (!store_.watches.taken(i)) continue;
+    const Watch& w = store_.watches[i];
+    for (const int64_t x : {int64_t{i}, int64_t{w.other}, int64_t{w.sealed}, w.start,
+                            int64_t{w.lag}, int64_t{w.rebase}, int64_t{w.refs}}) {
       h.add(x);
     }
   }

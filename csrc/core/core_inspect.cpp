@@ -26,6 +26,7 @@ int64_t CacheCore::num_pages(Handle h) const {
   ranges.reserve(chain.size());
   for (const Index at : chain) {
     const Link& l = store_.links[at];
+    if (l.watch != kNone) continue;
     ranges.push_back({l.segment, l.lo / page_size(), store_.num_page_slots(l.hi)});
   }
   std::sort(ranges.begin(), ranges.end(), [](const PageRange& a, const PageRange& b) {
@@ -49,6 +50,7 @@ void CacheCore::slots(Handle h, std::vector<int64_t>& out) const {
   out.clear();
   for (const Index at : chain) {
     const Link& l = store_.links[at];
+    if (l.watch != kNone) continue;
     const Segment& s = store_.segments[l.segment];
     for (int32_t slot = l.lo; slot < l.hi; ++slot) {
       out.push_back(static_cast<int64_t>(s.pages[slot / page_size()]) * page_size() +
@@ -72,6 +74,7 @@ void CacheCore::context(Handle h, std::vector<ContextPart>& out) const {
   out.clear();
   for (const Index at : chain) {
     const Link& l = store_.links[at];
+    if (l.watch != kNone) continue;
     const Segment& s = store_.segments[l.segment];
     out.push_back({s.uid, l.lo, l.hi, s.first_position + l.lo + l.position_shift});
   }
@@ -84,6 +87,13 @@ void CacheCore::page_table(Handle h, std::vector<int32_t>& out) const {
   int64_t token = 0;
   for (const Index at : chain) {
     const Link& l = store_.links[at];
+    if (l.watch != kNone || l.position_shift != 0) {
+      fail(ErrorKind::kNotDense, "branch " + std::to_string(serial(h)) +
+                                     (l.watch != kNone ? " watches another branch"
+                                                       : ": token " + std::to_string(token) +
+                                                             " is seen at a position shifted by " +
+                                                             std::to_string(l.position_shift)));
+    }
     const Segment& s = store_.segments[l.segment];
     if (l.lo % page_size() != token % page_size()) {
       fail(ErrorKind::kNotDense,
@@ -138,23 +148,28 @@ CoreStats CacheCore::stats() const {
 
   // Owner of a link, then of a page: 0 = none yet, i + 1 = branch i alone, -1 = several branches.
   std::vector<int32_t> link_owner(store_.links.size(), 0);
-  for (Index i = 0; i < branches_.size(); ++i) {
-    if (!branches_.taken(i)) continue;
-    for (Index at = branches_[i].head; at != kNone && link_owner[at] != -1;
-         at = store_.links[at].parent) {
-      link_owner[at] = link_owner[at] == 0 ? i + 1 : -1;
-    }
-  }
   std::vector<int32_t> page_owner(store_.pages.num_pages(), 0);
-  for (Index at = 0; at < store_.links.size(); ++at) {
-    if (!store_.links.taken(at)) continue;
-    const Link& l = store_.links[at];
+  const auto own = [&](const Link& l, int32_t who) {
     const Segment& s = store_.segments[l.segment];
     for (int32_t p = l.lo / page_size(); p < store_.num_page_slots(l.hi); ++p) {
       int32_t& owner = page_owner[s.pages[p]];
-      if (owner == -1 || owner == link_owner[at]) continue;
-      owner = owner == 0 ? link_owner[at] : -1;
+      if (owner != -1 && owner != who) owner = owner == 0 ? who : -1;
     }
+  };
+  for (Index i = 0; i < branches_.size(); ++i) {
+    if (!branches_.taken(i)) continue;
+    for (Index at = branches_[i].head; at != kNone; at = store_.links[at].parent) {
+      const Link& l = store_.links[at];
+      if (l.watch != kNone) {
+        each_watched(store_.watches[l.watch], [&](const Link& seen) { own(seen, i + 1); });
+        continue;
+      }
+      if (link_owner[at] == -1 && !l.shifted) break;
+      link_owner[at] = link_owner[at] == 0 ? i + 1 : -1;
+    }
+  }
+  for (Index at = 0; at < store_.links.size(); ++at) {
+    if (store_.links.taken(at) && link_owner[at] != 0) own(store_.links[at], link_owner[at]);
   }
   stats.pages_shared = std::count(page_owner.begin(), page_owner.end(), -1);
   return stats;

@@ -12,7 +12,8 @@ namespace {
 struct Held {
   uint64_t uid;
   int64_t lo, hi;
-  int64_t shift;
+  int64_t base;  // the position of slot s is s + base
+  bool watched;  // seen through a watch, wherever that lays it
   bool operator<(const Held& other) const {
     return uid != other.uid ? uid < other.uid : lo < other.lo;
   }
@@ -24,13 +25,25 @@ struct NewLink {
   int64_t shift;
 };
 
+Link link_of(const NewLink& l) {
+  Link link;
+  link.segment = l.segment;
+  link.lo = l.lo;
+  link.hi = l.hi;
+  link.position_shift = l.shift;
+  return link;
+}
+
 // What a context holds, by token identity, and the links that a union adds to it.
 class Union {
  public:
   explicit Union(const ContextStore& store) : store_(store) {}
 
-  void hold(const Link& link) {
-    each_identity(link, [&](const Held& h, int32_t) { held_.push_back(h); });
+  void hold(const Link& link, bool watched = false) {
+    each_identity(link, [&](Held h, int32_t) {
+      h.watched = watched;
+      held_.push_back(h);
+    });
   }
   void sort() { std::sort(held_.begin(), held_.end()); }
 
@@ -43,21 +56,41 @@ class Union {
     sort();
   }
 
+  // Lays what was added since the last call end to end: its first position becomes `position`.
+  // Returns the position that follows.
+  int64_t lay(int64_t position) {
+    int64_t least = INT64_MAX;
+    int64_t end = INT64_MIN;
+    for (std::size_t i = laid_; i < links_.size(); ++i) {
+      const int64_t first = first_position(links_[i]);
+      least = std::min(least, first);
+      end = std::max(end, first + links_[i].hi - links_[i].lo);
+    }
+    if (laid_ == links_.size()) return position;
+    for (; laid_ < links_.size(); ++laid_) links_[laid_].shift += position - least;
+    return position + end - least;
+  }
+
   const std::vector<NewLink>& links() const { return links_; }
   int64_t num_tokens() const { return num_tokens_; }
 
- private:
   template <class F>
   void each_identity(const Link& link, F&& f) const {
     const Segment& s = store_.segments[link.segment];
+    const int64_t base = s.first_position + link.position_shift;
     int32_t slot = link.lo;
     for (const Origin& o : s.origins) {
       const int32_t end = std::min(o.end, link.hi);
       if (end <= slot) continue;
-      f(Held{o.uid, slot + o.offset, end + o.offset, link.position_shift}, slot);
+      f(Held{o.uid, slot + o.offset, end + o.offset, base - o.offset, false}, slot);
       slot = end;
     }
-    if (slot < link.hi) f(Held{s.uid, slot, link.hi, link.position_shift}, slot);
+    if (slot < link.hi) f(Held{s.uid, slot, link.hi, base, false}, slot);
+  }
+
+ private:
+  int64_t first_position(const NewLink& l) const {
+    return store_.segments[l.segment].first_position + l.lo + l.shift;
   }
 
   void add_missing(const Link& link, const Held& h, int32_t slot, std::vector<Held>& fresh) {
@@ -68,12 +101,14 @@ class Union {
       const bool overlaps = it != held_.end() && it->uid == h.uid && it->lo < h.hi;
       const int64_t gap_end = overlaps ? std::max(it->lo, at) : h.hi;
       if (gap_end > at)
-        append(link, slot + (at - h.lo), slot + (gap_end - h.lo), {h.uid, at, gap_end, h.shift},
-               fresh);
+        append(link, slot + (at - h.lo), slot + (gap_end - h.lo),
+               {h.uid, at, gap_end, h.base, false}, fresh);
       if (!overlaps) break;
-      if (it->shift != h.shift) {
-        fail(ErrorKind::kValue, "children: a token stands at two different position shifts, " +
-                                    std::to_string(it->shift) + " and " + std::to_string(h.shift));
+      if (it->base != h.base && !it->watched) {
+        const int64_t token = std::max(it->lo, at);
+        fail(ErrorKind::kValue, "children: a token stands at two different positions, " +
+                                    std::to_string(token + it->base) + " and " +
+                                    std::to_string(token + h.base));
       }
       at = std::max(at, it->hi);
     }
@@ -82,7 +117,7 @@ class Union {
   void append(const Link& link, int64_t lo, int64_t hi, const Held& h, std::vector<Held>& fresh) {
     fresh.push_back(h);
     num_tokens_ += hi - lo;
-    if (!links_.empty()) {
+    if (links_.size() > laid_) {
       NewLink& last = links_.back();
       if (last.segment == link.segment && last.hi == lo && last.shift == link.position_shift) {
         last.hi = static_cast<int32_t>(hi);
@@ -96,31 +131,144 @@ class Union {
   const ContextStore& store_;
   std::vector<Held> held_;
   std::vector<NewLink> links_;
+  std::size_t laid_ = 0;  // links whose place is settled
   int64_t num_tokens_ = 0;
+};
+
+// Where the links of a union that have a shift are copied to: segments in which they have none.
+class Copies {
+ public:
+  struct Copied {
+    int64_t first_position;
+    int32_t length = 0;
+    std::vector<int32_t> pages;
+    std::vector<Origin> origins;
+  };
+
+  explicit Copies(const ContextStore& store) : store_(store) {}
+
+  // May throw kOutOfPages; takes no pages, but names those that the pool would give next.
+  void plan(const Union& all) {
+    int64_t needed = 0;
+    for (const NewLink& l : all.links()) {
+      if (l.shift != 0) add(all, l);
+    }
+    for (const Copied& c : segments_) needed += store_.num_page_slots(c.length);
+    if (needed > store_.pages.num_free()) {
+      Error e(ErrorKind::kOutOfPages,
+              "join: rebase=\"copy\" needs " + std::to_string(needed) + " pages, " +
+                  std::to_string(store_.pages.num_free()) + " of " +
+                  std::to_string(store_.pages.num_pages()) +
+                  " are free; free or crop branches, or make the cache larger");
+      e.needed = needed;
+      e.free = store_.pages.num_free();
+      throw e;
+    }
+    auto next = store_.pages.free_list().rbegin();
+    for (Copied& c : segments_) {
+      for (int32_t n = store_.num_page_slots(c.length); n > 0; --n) c.pages.push_back(*next++);
+    }
+    address(all);
+  }
+
+  std::vector<Copied>& segments() { return segments_; }
+  const std::vector<RotatedCopy>& slots() const { return slots_; }
+
+ private:
+  void add(const Union& all, const NewLink& l) {
+    const int64_t first = store_.segments[l.segment].first_position + l.lo + l.shift;
+    const bool goes_on = !segments_.empty() && last_ == &l - 1 &&
+                         segments_.back().first_position + segments_.back().length == first;
+    if (!goes_on) segments_.push_back({first, 0, {}, {}});
+    last_ = &l;
+    Copied& c = segments_.back();
+    const Link link = link_of(l);
+    all.each_identity(link, [&](const Held& h, int32_t slot) {
+      const int32_t at = c.length + (slot - l.lo);
+      const auto count = static_cast<int32_t>(h.hi - h.lo);
+      c.origins.push_back({at + count, h.uid, h.lo - at});
+    });
+    c.length += l.hi - l.lo;
+  }
+
+  void address(const Union& all) {
+    const int64_t size = store_.page_size();
+    auto into = segments_.begin();
+    int32_t at = 0;
+    for (const NewLink& l : all.links()) {
+      if (l.shift == 0) continue;
+      const Segment& s = store_.segments[l.segment];
+      for (int32_t slot = l.lo; slot < l.hi; ++slot, ++at) {
+        if (at == into->length) {
+          ++into;
+          at = 0;
+        }
+        slots_.push_back({s.pages[slot / size] * size + slot % size,
+                          into->pages[at / size] * size + at % size, l.shift});
+      }
+    }
+  }
+
+  const ContextStore& store_;
+  std::vector<Copied> segments_;
+  std::vector<RotatedCopy> slots_;
+  const NewLink* last_ = nullptr;
 };
 
 }  // namespace
 
-void CacheCore::join(Handle h, std::span<const Handle> children, JoinPosition mode,
-                     int64_t position) {
-  const Index i = require(h);
-  require_no_step("join");
+std::vector<Link> CacheCore::links_unseen(Index head, Index other) const {
+  Union all(store_);
+  for (Index at = head; at != kNone; at = store_.links[at].parent) {
+    const Link& l = store_.links[at];
+    const auto hold = [&](const Link& seen) { all.hold(seen, true); };
+    if (l.watch == kNone) {
+      hold(l);
+    } else {
+      each_watched(store_.watches[l.watch], hold);
+    }
+  }
+  all.sort();
+  std::vector<Index> chain;
+  store_.chain(other, chain);
+  for (const Index at : chain) {
+    if (store_.links[at].watch == kNone) all.add(store_.links[at]);
+  }
+  std::vector<Link> out;
+  for (const NewLink& l : all.links()) out.push_back(link_of(l));
+  return out;
+}
+
+void CacheCore::check_join(Handle h, std::span<const Handle> children) const {
+  require_unwatched(require(h), "join");
   require_distinct(children);
   if (std::find(children.begin(), children.end(), h) != children.end()) {
     fail(ErrorKind::kValue,
          "children: branch " + std::to_string(serial(h)) + " cannot be joined with itself");
   }
   if (children.empty()) fail(ErrorKind::kValue, "children: expected at least one branch, got none");
+}
+
+void CacheCore::join(Handle h, std::span<const Handle> children, const JoinRequest& request) {
+  const Index i = require(h);
+  require_no_step("join");
+  check_join(h, children);
 
   Union all(store_);
   std::vector<Index> chain;
   const uint64_t mark = store_.next_mark();
   for (Index at = branches_[i].head; at != kNone; at = store_.links[at].parent) {
-    store_.links[at].mark = mark;
-    all.hold(store_.links[at]);
+    const Link& l = store_.links[at];
+    l.mark = mark;
+    if (l.watch == kNone) {
+      all.hold(l);
+    } else {
+      each_watched(store_.watches[l.watch], [&](const Link& seen) { all.hold(seen, true); });
+    }
   }
   all.sort();
   int64_t largest = branches_[i].position;
+  int64_t end = largest;
   for (const Handle child_handle : children) {
     const Branch& child = branches_[find(child_handle)];
     largest = std::max(largest, child.position);
@@ -129,25 +277,54 @@ void CacheCore::join(Handle h, std::span<const Handle> children, JoinPosition mo
     for (Index at = child.head; at != kNone && store_.links[at].mark != mark;
          at = store_.links[at].parent) {
       store_.links[at].mark = mark;
-      chain.push_back(at);
+      if (store_.links[at].watch == kNone) chain.push_back(at);
     }
     for (std::size_t k = chain.size(); k-- > 0;) all.add(store_.links[chain[k]]);
+    if (request.rebase != Rebase::kNo) end = all.lay(end);
   }
 
   Branch& b = branches_[i];
-  if (mode == JoinPosition::kMax) position = largest;
-  if (mode == JoinPosition::kSum) position = b.position + all.num_tokens();
-  if (position < 0 || position > kMaxLength ||
-      store_.length(b.head) + all.num_tokens() > kMaxLength) {
+  int64_t position = request.position;
+  if (request.mode == JoinPosition::kMax) position = request.rebase == Rebase::kNo ? largest : end;
+  if (request.mode == JoinPosition::kSum) position = b.position + all.num_tokens();
+  const int64_t length = store_.length(b.head) + all.num_tokens();
+  if (position < 0 || std::max(position, end) > kMaxLength || length > kMaxLength) {
     fail(ErrorKind::kValue,
          "position: expected position and length of the joined branch within 0 to 2**31 - 1, got " +
-             std::to_string(position) + " and " +
-             std::to_string(store_.length(b.head) + all.num_tokens()));
+             std::to_string(position) + " and " + std::to_string(length));
   }
-  store_.reserve(0, all.links().size());
+  Copies copies(store_);
+  if (request.rebase == Rebase::kCopy) copies.plan(all);
+  std::size_t num_links = all.links().size();
+  for (const Handle child : children) num_links += seal_links(find(child));
+  store_.reserve(copies.segments().size(), num_links);
+  if (!copies.slots().empty()) request.copy(copies.slots());
 
   Index head = b.head;
-  for (const auto& l : all.links()) head = store_.add_link(head, l.segment, l.lo, l.hi, l.shift);
+  auto copied = copies.segments().begin();
+  Index into = kNone;  // the segment that takes the copies, filled as far as `filled`
+  int32_t filled = 0;
+  for (const auto& l : all.links()) {
+    if (request.rebase != Rebase::kCopy || l.shift == 0) {
+      head = store_.add_link(head, l.segment, l.lo, l.hi, l.shift);
+      continue;
+    }
+    if (into == kNone) {
+      into = store_.new_segment(copied->first_position);
+      for (std::size_t n = copied->pages.size(); n > 0; --n) store_.pages.take();
+      store_.segments[into].pages.swap(copied->pages);
+      store_.segments[into].origins.swap(copied->origins);
+      head = store_.add_link(head, into, 0, copied->length, 0);
+    }
+    Segment& source = store_.segments[l.segment];
+    source.copied_end = std::max(source.copied_end, l.hi);
+    filled += l.hi - l.lo;
+    if (filled == copied->length) {
+      into = kNone;
+      filled = 0;
+      ++copied;
+    }
+  }
   set_head(b, head);
   b.position = position;
   for (const Handle child : children) drop_branch(find(child));

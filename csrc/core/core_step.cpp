@@ -50,7 +50,7 @@ void CacheCore::lay_out(StepRow& row) noexcept {
     return;
   const Link& tail = store_.links[b.head];
   const int32_t page_start = tail.hi / page_size() * page_size();
-  if (page_start == tail.hi || tail.position_shift != 0) return;
+  if (tail.watch != kNone || page_start == tail.hi || tail.position_shift != 0) return;
   Index at = b.head;
   while (store_.links[at].lo > page_start) {
     const Link& l = store_.links[at];
@@ -183,6 +183,7 @@ void CacheCore::open_step(std::span<const StepRequest> requests) {
     const bool draft = r.parents != nullptr;
     StepRow row{};
     row.branch = find(r.branch);
+    branches_[row.branch].step_row = static_cast<int32_t>(step_.rows.size());
     row.draft = draft;
     row.num_tokens = n;
     row.row_begin = row_begin;
@@ -194,6 +195,7 @@ void CacheCore::open_step(std::span<const StepRequest> requests) {
     row_begin += n;
     step_.rows.push_back(row);
   }
+  validate_watches();
   if (needed > store_.pages.num_free()) {
     throw out_of_pages(needed);
   }
@@ -301,6 +303,7 @@ void CacheCore::rollback_step() {
 
 void CacheCore::close_step() noexcept {
   for (const StepRow& row : step_.rows) {
+    branches_[row.branch].step_row = -1;
     store_.arena.give(row.place);
     if (row.segment == kNone) continue;
     Segment& s = store_.segments[row.segment];

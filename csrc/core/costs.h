@@ -24,7 +24,8 @@ struct TargetCosts {
   double ns_per_exp;   // per score
   double item_ns;      // fixed cost of a work item
   int32_t tile_slots;  // items are cut at multiples of this
-  int32_t gather_slots;  // pieces and ends of runs up to this long share tiles; 0: kernels see to it
+  int32_t
+      gather_slots;  // pieces and ends of runs up to this long share tiles; 0: kernels see to it
 };
 
 // "cpu", "sm_80", "sm_90", "sm_100"; kValue for any other.

@@ -11,6 +11,11 @@ void Groups::build(const CacheCore& core, int32_t window) {
   nodes_.clear();
   node_roots_.clear();
   order.clear();
+  leaves.clear();
+  fresh.clear();
+  made_.clear();
+  parts_.clear();
+  shifted_.clear();
   token_begin.clear();
   groups.clear();
   roots.clear();
@@ -21,13 +26,12 @@ void Groups::build(const CacheCore& core, int32_t window) {
   node_of_link_.assign(core.store().links.size(), -1);
   collect_nodes();
   order_rows();
-  const Step& step = core.step();
   last_of_begin_.assign(order.size(), -1);
   token_begin.push_back(0);
   for (std::size_t i = 0; i < order.size(); ++i) {
     const auto at = static_cast<int32_t>(i);
     last_of_begin_[i] = add_group({{RowRange{at, at + 1}}});
-    token_begin.push_back(token_begin.back() + step.rows[order[i]].num_tokens);
+    token_begin.push_back(token_begin.back() + leaves[i].count);
   }
   collect_pieces();
   count_slots();
@@ -49,16 +53,29 @@ void Groups::append_child(int32_t parent, int32_t child) {
   p.last_child = child;
 }
 
-// The forest of links that the step's rows see, with the rows as leaves.
+// The forest of links that the step's rows see where they were written, with the rows as leaves.
 void Groups::collect_nodes() {
+  const ContextStore& store = core_->store();
   const Step& step = core_->step();
+  for (std::size_t r = 0; r < step.rows.size(); ++r) {
+    made_.push_back({static_cast<int32_t>(r), 0, step.rows[r].num_tokens, 0, true});
+  }
   for (std::size_t r = 0; r < step.rows.size(); ++r) {
     const StepRow& row = step.rows[r];
     int32_t child = add_node(kNone, static_cast<int32_t>(r));
     Index link = core_->branches()[row.branch].head;
-    for (; link != kNone; link = core_->store().links[link].parent) {
+    if (link != kNone && store.links[link].shifted) collect_shifted(static_cast<int32_t>(r));
+    bool below_visited = false;
+    for (; link != kNone; link = store.links[link].parent) {
+      const Link& l = store.links[link];
+      if (l.watch != kNone) {
+        if (store.watches[l.watch].rebase) break;  // everything older is shifted by its growth
+        continue;
+      }
+      if (l.position_shift != 0) continue;
       if (node_of_link_[link] >= 0) {
         append_child(node_of_link_[link], child);
+        below_visited = true;
         break;
       }
       const int32_t node = add_node(link, -1);
@@ -66,30 +83,103 @@ void Groups::collect_nodes() {
       append_child(node, child);
       child = node;
     }
-    if (link == kNone) node_roots_.push_back(child);
+    if (!below_visited) node_roots_.push_back(child);
+  }
+  sort_shifted();
+}
+
+// The leaves of what a row sees at a shift, and what its own leaf sees beyond its links.
+void Groups::collect_shifted(int32_t row) {
+  core_->view_of_row(core_->step().rows[row], view_);
+  const std::size_t first_of_row = made_.size();
+  for (const ViewPart& p : view_) {
+    const bool own = p.shift == 0 && p.count == made_[row].count;
+    const int32_t leaf = own ? row : leaf_of(row, p, first_of_row);
+    if (p.segment != kNone) {
+      parts_.push_back({leaf, p.segment, p.lo, p.hi});
+      continue;
+    }
+    fresh.push_back({p.row, p.hi, p.in_place, p.lag, made_[leaf].first_fresh});
+    made_[leaf].first_fresh = static_cast<int32_t>(fresh.size() - 1);
   }
 }
 
-// Depth first, so that the rows below any node are a range.
-void Groups::order_rows() {
-  std::vector<int32_t> stack(node_roots_.rbegin(), node_roots_.rend());
-  int32_t rank = 0;
-  while (!stack.empty()) {
-    const int32_t top = stack.back();
-    stack.pop_back();
-    if (top < 0) {
-      nodes_[~top].end = static_cast<int32_t>(order.size());
-      continue;
-    }
-    Node& node = nodes_[top];
-    node.begin = static_cast<int32_t>(order.size());
-    node.rank = rank++;
-    if (node.row >= 0) order.push_back(node.row);
-    stack.push_back(~top);
-    const std::size_t base = stack.size();
-    for (int32_t c = node.first_child; c >= 0; c = nodes_[c].next_sibling) stack.push_back(c);
-    std::reverse(stack.begin() + static_cast<std::ptrdiff_t>(base), stack.end());
+int32_t Groups::leaf_of(int32_t row, const ViewPart& part, std::size_t first_of_row) {
+  for (std::size_t i = first_of_row; i < made_.size(); ++i) {
+    if (made_[i].first == part.first && made_[i].shift == part.shift)
+      return static_cast<int32_t>(i);
   }
+  made_.push_back({row, part.first, part.count, part.shift, false});
+  const auto leaf = static_cast<int32_t>(made_.size() - 1);
+  shifted_.push_back({leaf, part.row, part.segment});
+  return leaf;
+}
+
+void Groups::sort_shifted() {
+  std::sort(shifted_.begin(), shifted_.end(), [](const Shifted& a, const Shifted& b) {
+    return a.near_row != b.near_row ? a.near_row < b.near_row : a.leaf < b.leaf;
+  });
+}
+
+void Groups::add_leaf(int32_t made) {
+  place_[made] = static_cast<int32_t>(order.size());
+  order.push_back(made_[made].row);
+  leaves.push_back(made_[made]);
+}
+
+// What watches the rows placed from `order_begin` on reads what they read.
+void Groups::place_shifted_near(std::size_t order_begin) {
+  const std::size_t order_end = order.size();
+  for (std::size_t i = order_begin; i < order_end; ++i) {
+    const int32_t row = order[i];
+    auto at = std::lower_bound(shifted_.begin(), shifted_.end(), row,
+                               [](const Shifted& s, int32_t r) { return s.near_row < r; });
+    for (; at != shifted_.end() && at->near_row == row; ++at) add_leaf(at->leaf);
+  }
+}
+
+// The others: those that read the same first segment are neighbours.
+void Groups::place_shifted_left() {
+  std::vector<Shifted> left;
+  for (const Shifted& s : shifted_) {
+    if (s.near_row < 0) left.push_back(s);
+  }
+  const auto place = [&](const Shifted& s) { return place_[made_[s.leaf].row]; };
+  std::sort(left.begin(), left.end(), [&](const Shifted& a, const Shifted& b) {
+    if (a.near_segment != b.near_segment) return a.near_segment < b.near_segment;
+    return place(a) != place(b) ? place(a) < place(b) : a.leaf < b.leaf;
+  });
+  for (const Shifted& s : left) add_leaf(s.leaf);
+}
+
+// Depth first, so that the leaves below any node are a range. Shifted leaves stand behind whole
+// trees.
+void Groups::order_rows() {
+  place_.assign(made_.size(), -1);
+  std::vector<int32_t> stack;
+  int32_t rank = 0;
+  for (const int32_t root : node_roots_) {
+    const std::size_t order_begin = order.size();
+    stack.push_back(root);
+    while (!stack.empty()) {
+      const int32_t top = stack.back();
+      stack.pop_back();
+      if (top < 0) {
+        nodes_[~top].end = static_cast<int32_t>(order.size());
+        continue;
+      }
+      Node& node = nodes_[top];
+      node.begin = static_cast<int32_t>(order.size());
+      node.rank = rank++;
+      if (node.row >= 0) add_leaf(node.row);
+      stack.push_back(~top);
+      const std::size_t base = stack.size();
+      for (int32_t c = node.first_child; c >= 0; c = nodes_[c].next_sibling) stack.push_back(c);
+      std::reverse(stack.begin() + static_cast<std::ptrdiff_t>(base), stack.end());
+    }
+    if (!shifted_.empty()) place_shifted_near(order_begin);
+  }
+  if (!shifted_.empty()) place_shifted_left();
 }
 
 int32_t Groups::add_group(std::span<const RowRange> rows) {
@@ -117,61 +207,62 @@ int32_t Groups::group_of(const std::vector<RowRange>& rows) {
   return at->second;
 }
 
-void Groups::add_piece(int32_t group, const Node& node, int32_t lo, int32_t hi) {
-  const Link& l = core_->store().links[node.link];
-  const int64_t first = core_->store().segments[l.segment].first_position + lo + l.position_shift;
-  pieces_.push_back({group, node.rank, l.segment, lo, hi, first});
+void Groups::add_piece(int32_t group, const Reader& reader, int32_t lo, int32_t hi) {
+  const int64_t first = core_->store().segments[reader.segment].first_position + lo;
+  pieces_.push_back({group, reader.rank, reader.segment, lo, hi, first});
+}
+
+void Groups::collect_readers() {
+  readers_.clear();
+  for (const Node& node : nodes_) {
+    if (node.link == kNone) continue;
+    const Link& l = core_->store().links[node.link];
+    readers_.push_back({l.segment, l.lo, l.hi, node.begin, node.end, node.rank});
+  }
+  auto rank = static_cast<int32_t>(nodes_.size());
+  for (const LeafPart& p : parts_) {
+    const int32_t at = place_[p.leaf];
+    readers_.push_back({p.segment, p.lo, p.hi, at, at + 1, rank++});
+  }
+  std::sort(readers_.begin(), readers_.end(), [](const Reader& a, const Reader& b) {
+    return a.segment != b.segment ? a.segment < b.segment : a.rank < b.rank;
+  });
 }
 
 void Groups::collect_pieces() {
-  const ContextStore& store = core_->store();
-  std::vector<int32_t> by_segment;
-  for (std::size_t n = 0; n < nodes_.size(); ++n) {
-    if (nodes_[n].link != kNone) by_segment.push_back(static_cast<int32_t>(n));
-  }
-  const auto segment_of = [&](int32_t n) { return store.links[nodes_[n].link].segment; };
-  std::sort(by_segment.begin(), by_segment.end(), [&](int32_t a, int32_t b) {
-    return segment_of(a) != segment_of(b) ? segment_of(a) < segment_of(b)
-                                          : nodes_[a].rank < nodes_[b].rank;
-  });
-  for (std::size_t first = 0; first < by_segment.size();) {
+  collect_readers();
+  for (std::size_t first = 0; first < readers_.size();) {
     std::size_t last = first + 1;
-    while (last < by_segment.size() &&
-           segment_of(by_segment[last]) == segment_of(by_segment[first]))
-      ++last;
-    const Node& node = nodes_[by_segment[first]];
+    while (last < readers_.size() && readers_[last].segment == readers_[first].segment) ++last;
+    const Reader& reader = readers_[first];
     if (last == first + 1) {
-      const Link& l = store.links[node.link];
-      add_piece(group_of(RowRange{node.begin, node.end}), node, l.lo, l.hi);
+      add_piece(group_of(RowRange{reader.begin, reader.end}), reader, reader.lo, reader.hi);
     } else {
-      sweep(by_segment.data() + first, by_segment.data() + last);
+      sweep({readers_.data() + first, last - first});
     }
     first = last;
   }
 }
 
-// Several links on one segment: cut it where the set of readers changes.
-void Groups::sweep(const int32_t* first, const int32_t* last) {
-  const ContextStore& store = core_->store();
+// Several readers of one segment: cut it where the set of leaves changes.
+void Groups::sweep(std::span<const Reader> readers) {
   std::vector<int32_t> bounds;
-  for (const int32_t* n = first; n != last; ++n) {
-    bounds.push_back(store.links[nodes_[*n].link].lo);
-    bounds.push_back(store.links[nodes_[*n].link].hi);
+  for (const Reader& r : readers) {
+    bounds.push_back(r.lo);
+    bounds.push_back(r.hi);
   }
   std::sort(bounds.begin(), bounds.end());
   bounds.erase(std::unique(bounds.begin(), bounds.end()), bounds.end());
   std::vector<RowRange> rows;
   for (std::size_t i = 0; i + 1 < bounds.size(); ++i) {
     rows.clear();
-    const Node* reader = nullptr;
-    for (const int32_t* n = first; n != last; ++n) {
-      const Node& node = nodes_[*n];
-      const Link& l = store.links[node.link];
-      if (l.lo > bounds[i] || l.hi < bounds[i + 1]) continue;
-      if (reader == nullptr) reader = &node;
-      rows.push_back({node.begin, node.end});
+    const Reader* first = nullptr;
+    for (const Reader& r : readers) {
+      if (r.lo > bounds[i] || r.hi < bounds[i + 1]) continue;
+      if (first == nullptr) first = &r;
+      rows.push_back({r.begin, r.end});
     }
-    if (reader == nullptr) continue;
+    if (first == nullptr) continue;
     std::sort(rows.begin(), rows.end());
     std::size_t kept = 0;  // neighbouring ranges become one
     for (std::size_t k = 1; k < rows.size(); ++k) {
@@ -182,16 +273,18 @@ void Groups::sweep(const int32_t* first, const int32_t* last) {
       }
     }
     rows.resize(kept + 1);
-    add_piece(group_of(rows), *reader, bounds[i], bounds[i + 1]);
+    add_piece(group_of(rows), *first, bounds[i], bounds[i + 1]);
   }
 }
 
-// Of the group's new tokens; the first row's position is a branch's least.
+// Of the group's new tokens, shifts taken off; a leaf's first token has its least.
 int64_t Groups::least_position(const Group& group) const {
   int64_t least = INT64_MAX;
   for (const RowRange& range : rows(group)) {
     for (int32_t i = range.begin; i < range.end; ++i) {
-      least = std::min(least, core_->step().positions[core_->step().rows[order[i]].row_begin]);
+      const Leaf& leaf = leaves[i];
+      const int32_t row = core_->step().rows[leaf.row].row_begin + leaf.first;
+      least = std::min(least, core_->step().positions[row] - leaf.shift);
     }
   }
   return least;
@@ -217,7 +310,11 @@ void Groups::count_slots() {
       group.slots += slots - std::clamp<int64_t>(visible_from - p.first_position, 0, slots);
     }
     group.pieces_end = piece;
-    if (g < order.size()) group.slots += group.token_end - group.token_begin;
+    if (g >= order.size()) continue;
+    if (leaves[g].own) group.own = group.token_end - group.token_begin;
+    for (int32_t f = leaves[g].first_fresh; f >= 0; f = fresh[f].next)
+      group.fresh += fresh[f].count;
+    group.slots += group.own + group.fresh;
   }
 }
 
@@ -255,6 +352,14 @@ void Groups::build_tree() {
   nested.resize(kept);
   parents_first.swap(nested);
   link_children();
+  if (!shifted_.empty()) {  // rows of several leaves have several results
+    for (const Leaf& leaf : leaves) {
+      if (!leaf.own) crossed[place_[leaf.row]] = 1;
+    }
+    for (std::size_t i = 0; i < leaves.size(); ++i) {
+      if (!leaves[i].own) crossed[i] = 1;
+    }
+  }
   for (const int32_t g : outside) {
     for (const RowRange& r : rows(groups[g])) {
       std::fill(crossed.begin() + r.begin, crossed.begin() + r.end, 1);

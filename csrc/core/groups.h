@@ -16,6 +16,26 @@ struct RowRange {
   auto operator<=>(const RowRange&) const = default;
 };
 
+// Query tokens that groups count as one: a branch's new tokens; or some of them once more, for what
+// they see at a shift.
+struct Leaf {
+  int32_t row;           // of the step
+  int32_t first, count;  // of its new tokens
+  int64_t shift;
+  bool own;                  // all of them, with what they see where it was written
+  int32_t first_fresh = -1;  // see Groups::fresh
+};
+
+// New tokens of a watched row that a leaf sees: token t of its row sees the first `count` of them,
+// in place only the first t - lag + 1.
+struct FreshTokens {
+  int32_t row;
+  int32_t count;
+  bool in_place;
+  int32_t lag;
+  int32_t next;  // of the leaf's, -1: none
+};
+
 struct Piece {    // slots [lo, hi) of a segment
   int32_t group;  // who sees it
   int32_t rank;   // context order
@@ -28,6 +48,8 @@ struct Group {
   int32_t rows_begin, rows_end;  // who sees it: several ranges only where contexts were joined
   int32_t pieces_begin = 0, pieces_end = 0;
   int64_t slots = 0;
+  int64_t own = 0;    // of these a leaf's own new tokens
+  int64_t fresh = 0;  // and those that it watches
   // The tree of groups: a child's rows lie within its parent's. Groups that cross others stand
   // outside.
   bool in_tree = false;
@@ -53,15 +75,19 @@ class Groups {
     return {children_.data() + g.children_begin, children_.data() + g.children_end};
   }
 
-  std::vector<int32_t> order;  // the step's rows, so that those which share most are neighbours
+  // The step's rows, so that those which share most are neighbours; once for each leaf.
+  std::vector<int32_t> order;
+  std::vector<Leaf> leaves;        // of each of `order`
+  std::vector<FreshTokens> fresh;  // lists of what leaves watch
   // Of each of `order`, and the end: new tokens laid out in that order.
   std::vector<int32_t> token_begin;
-  // Group i < order.size() is row order[i]'s own, new tokens included in slots.
+  // Group i < order.size() is leaf i's own, new tokens included in slots.
   std::vector<Group> groups;
   std::vector<int32_t> roots;          // of the tree
   std::vector<int32_t> parents_first;  // the tree
   std::vector<int32_t> outside;        // groups that cross others
-  std::vector<uint8_t> crossed;        // per entry of order: some group outside the tree holds it
+  // Per entry of order: some group outside the tree holds it, or its row has other leaves too.
+  std::vector<uint8_t> crossed;
 
  private:
   struct Node {  // a link that some row sees; or, as a leaf, a row
@@ -72,13 +98,39 @@ class Groups {
     int32_t rank;
   };
 
+  struct Reader {  // of slots of a segment: leaves [begin, end)
+    Index segment;
+    int32_t lo, hi;
+    int32_t begin, end;
+    int32_t rank;
+  };
+
+  struct LeafPart {  // what a leaf reads that is not in the tree of links
+    int32_t leaf;    // of made_
+    Index segment;
+    int32_t lo, hi;
+  };
+
+  struct Shifted {  // a leaf that is not a row's own, and where it is best placed
+    int32_t leaf;   // of made_
+    int32_t near_row;
+    Index near_segment;
+  };
+
   void collect_nodes();
+  void collect_shifted(int32_t row);
+  int32_t leaf_of(int32_t row, const ViewPart& part, std::size_t first_of_row);
+  void sort_shifted();
+  void add_leaf(int32_t made);
+  void place_shifted_near(std::size_t order_begin);
+  void place_shifted_left();
   int32_t add_node(Index link, int32_t row);
   void append_child(int32_t parent, int32_t child);
   void order_rows();
   void collect_pieces();
-  void sweep(const int32_t* first, const int32_t* last);
-  void add_piece(int32_t group, const Node& node, int32_t lo, int32_t hi);
+  void collect_readers();
+  void sweep(std::span<const Reader> readers);
+  void add_piece(int32_t group, const Reader& reader, int32_t lo, int32_t hi);
   int32_t group_of(RowRange rows);
   int32_t group_of(const std::vector<RowRange>& rows);
   int32_t add_group(std::span<const RowRange> rows);
@@ -92,6 +144,12 @@ class Groups {
   std::vector<Node> nodes_;
   std::vector<int32_t> node_roots_;
   std::vector<int32_t> node_of_link_;
+  std::vector<Leaf> made_;      // each row's own, then the shifted ones
+  std::vector<int32_t> place_;  // of each of made_, in `order`
+  std::vector<LeafPart> parts_;
+  std::vector<Shifted> shifted_;
+  std::vector<ViewPart> view_;
+  std::vector<Reader> readers_;
   std::vector<RowRange> ranges_;
   std::vector<Piece> pieces_;
   std::vector<int32_t> children_;

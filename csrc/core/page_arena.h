@@ -1,6 +1,6 @@
 // Where each segment's page list lies in one array on the device. A list has a place with room to
-// grow; the device is told of entries that are new (PageEntry) and of lists that outgrew their place
-// (PageMove: to twice the room). Nothing here is state that a branch could see.
+// grow; the device is told of entries that are new (PageEntry) and of lists that outgrew their
+// place (PageMove: to twice the room). Nothing here is state that a branch could see.
 #pragma once
 
 #include <algorithm>
@@ -63,8 +63,7 @@ class PageArena {
   void tell(ArenaPlace& place, int32_t count, const PageAt& page_at) {
     if (count <= place.known) return;
     reserve_extra(entries_, static_cast<std::size_t>(count - place.known));
-    for (int32_t i = place.known; i < count; ++i)
-      entries_.push_back({place.begin + i, page_at(i)});
+    for (int32_t i = place.known; i < count; ++i) entries_.push_back({place.begin + i, page_at(i)});
     place.known = count;
   }
 

@@ -40,6 +40,8 @@ void Planner::reset(const CacheCore& core, const PlanRequest& request) {
   }
   blocks_.clear();
   tokens_.clear();
+  q_rows_.clear();
+  rotations_.clear();
   positions_.clear();
   items_.clear();
   runs_.clear();

@@ -47,8 +47,9 @@ class Planner {
 
  private:
   struct Token {
-    int32_t row;    // of the step: a branch
-    int32_t index;  // within the branch's new tokens
+    int32_t row;       // of the step: a branch
+    int32_t index;     // within the branch's new tokens
+    int32_t rotation;  // which copy of its query it reads, -1: the query itself
   };
 
   // A page table that runs index: a segment's, with what the step adds, or a new segment's. The
@@ -71,6 +72,7 @@ class Planner {
   void emit_block(const Block& block, const BlockChoice& choice);
   void emit_piece(const Piece& piece, uint64_t mask);
   void emit_own(int32_t order_index);
+  void emit_fresh(int32_t order_index);
   void emit_draft(const StepRow& row, int32_t first, int32_t count, int32_t bit);
   void push_run(PlanRun run, int32_t source, int64_t first_position);
   bool merge_run(const PlanRun& run, int32_t source);
@@ -84,6 +86,7 @@ class Planner {
   uint64_t mask_of(const Group& group) const;
   void count_run(const PlanRun& run);
   void count_unique();
+  void count_fresh();
   int32_t source_of_segment(Index segment);
   int32_t source_of_row(int32_t row);
   void lay_out_pages();
@@ -116,6 +119,8 @@ class Planner {
   std::vector<Load> loads_;
   std::vector<PlanBlock> blocks_;
   std::vector<int32_t> tokens_;
+  std::vector<int32_t> q_rows_;
+  std::vector<PlanRotation> rotations_;
   std::vector<int32_t> positions_;
   std::vector<PlanItem> items_;
   std::vector<PlanRun> runs_;

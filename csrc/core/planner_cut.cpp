@@ -240,7 +240,7 @@ void Planner::serialise(PlanData& out) const {
   Writer writer(out.buffer);
   h.off_blocks = writer.section(blocks_);
   h.off_tokens = writer.section(tokens_);
-  h.off_q_rows = h.off_tokens;
+  h.off_q_rows = rotations_.empty() ? h.off_tokens : writer.section(q_rows_);
   h.off_positions = writer.section(positions_);
   h.off_items = writer.section(items_);
   h.off_runs = writer.section(runs_);
@@ -250,7 +250,8 @@ void Planner::serialise(PlanData& out) const {
   h.off_spans = writer.section(spans_);
   h.off_merge_indptr = writer.section(merge_indptr_);
   h.off_merge_rows = writer.section(merge_rows_);
-  h.off_rotations = static_cast<int32_t>(out.buffer.size());
+  h.num_rotations = static_cast<int32_t>(rotations_.size());
+  h.off_rotations = writer.section(rotations_);
   h.num_gather = static_cast<int32_t>(gather_.size());
   h.off_gather = writer.section(gather_);
   h.total_words = static_cast<int32_t>(out.buffer.size());

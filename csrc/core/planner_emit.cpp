@@ -18,15 +18,25 @@ uint64_t bits(int32_t first, int32_t count) {
 
 void Planner::lay_out_tokens() {
   all_tokens_.clear();
-  for (const int32_t row : groups_.order) {
-    for (int32_t t = 0; t < core_->step().rows[row].num_tokens; ++t)
-      all_tokens_.push_back({row, t});
+  for (const Leaf& leaf : groups_.leaves) {
+    const int32_t first = core_->step().rows[leaf.row].row_begin + leaf.first;
+    for (int32_t t = 0; t < leaf.count; ++t) {
+      int32_t rotation = -1;
+      if (leaf.shift != 0) {
+        rotation = static_cast<int32_t>(rotations_.size());
+        rotations_.push_back({first + t, static_cast<int32_t>(leaf.shift)});
+      }
+      all_tokens_.push_back({leaf.row, leaf.first + t, rotation});
+    }
   }
 }
 
+// Of the query that the token reads.
 int32_t Planner::position(const Token& token) const {
-  return static_cast<int32_t>(
-      core_->step().positions[core_->step().rows[token.row].row_begin + token.index]);
+  const int64_t position =
+      core_->step().positions[core_->step().rows[token.row].row_begin + token.index];
+  return static_cast<int32_t>(token.rotation < 0 ? position
+                                                 : position - rotations_[token.rotation].shift);
 }
 
 int32_t Planner::source_of_segment(Index segment) {
@@ -134,7 +144,9 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
     const uint64_t mask = mask_of(group);
     if (mask == 0) continue;
     for (const Piece& piece : groups_.pieces(group)) emit_piece(piece, mask);
-    if (g < static_cast<int32_t>(groups_.order.size())) emit_own(g);
+    if (g >= static_cast<int32_t>(groups_.order.size())) continue;
+    emit_fresh(g);
+    if (groups_.leaves[g].own) emit_own(g);
   }
   if (runs_.size() == static_cast<std::size_t>(first_run)) {  // the window passed everything by
     items_.pop_back();
@@ -149,7 +161,10 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
   blocks_.push_back({static_cast<int32_t>(tokens_.size()), block_count_});
   for (int32_t t = 0; t < block_count_; ++t) {
     const Token& token = block_first_[t];
-    tokens_.push_back(core_->step().rows[token.row].row_begin + token.index);
+    const int32_t row = core_->step().rows[token.row].row_begin + token.index;
+    const auto num_tokens = static_cast<int32_t>(core_->step().positions.size());
+    tokens_.push_back(row);
+    q_rows_.push_back(token.rotation < 0 ? row : num_tokens + token.rotation);
     positions_.push_back(position(token));
   }
 }
@@ -182,6 +197,33 @@ void Planner::emit_own(int32_t order_index) {
       0,
       0};
   push_run(run, source_of_row(r), core_->step().positions[row.row_begin]);
+}
+
+// The new tokens of other rows that a leaf watches.
+void Planner::emit_fresh(int32_t order_index) {
+  const Leaf& leaf = groups_.leaves[order_index];
+  const auto block_begin = static_cast<int32_t>(block_first_ - all_tokens_.data());
+  const int32_t at = groups_.token_begin[order_index] - block_begin;  // bit of the leaf's token 0
+  const int32_t page_size = core_->page_size();
+  for (int32_t f = leaf.first_fresh; f >= 0; f = groups_.fresh[f].next) {
+    const FreshTokens& seen = groups_.fresh[f];
+    const int32_t last = std::min(leaf.count, block_count_ - at);
+    const int32_t first = std::max({0, -at, seen.in_place ? seen.lag : 0});
+    const int32_t count = seen.in_place ? std::min(seen.count, last - seen.lag) : seen.count;
+    if (first >= last || count <= 0) continue;
+    const StepRow& row = core_->step().rows[seen.row];
+    const bool diagonal = seen.in_place && first - seen.lag + 1 < count;
+    const PlanRun run{bits(at + first, last - first),
+                      row.first_slot / page_size,
+                      row.first_slot % page_size,
+                      count,
+                      0,
+                      diagonal ? kDiagonal : kFull,
+                      1 - seen.lag - at,  // token `bit` sees bit - at - lag + 1 slots
+                      0,
+                      0};
+    push_run(run, source_of_row(seen.row), core_->step().positions[row.row_begin]);
+  }
 }
 
 // A draft token sees its ancestors in the draft and itself: one word per slot, the window worked
@@ -287,11 +329,36 @@ void Planner::count_run(const PlanRun& run) {
 
 void Planner::count_unique() {
   for (const Group& group : groups_.groups) {
-    counts_.unique_slots += group.slots;
+    const int64_t slots = group.slots - group.fresh;
+    counts_.unique_slots += slots;
     int64_t tokens = 0;
     for (const RowRange& rows : groups_.rows(group))
       tokens += groups_.token_begin[rows.end] - groups_.token_begin[rows.begin];
-    counts_.tile_unique_slots += (tokens + max_tokens_ - 1) / max_tokens_ * group.slots;
+    counts_.tile_unique_slots += (tokens + max_tokens_ - 1) / max_tokens_ * slots;
+  }
+  if (!groups_.fresh.empty()) count_fresh();
+}
+
+// Watched new tokens are counted with those who wrote them; here for how many more see each.
+void Planner::count_fresh() {
+  const Step& step = core_->step();
+  std::vector<int64_t> readers(step.positions.size(), 0);
+  for (const Leaf& leaf : groups_.leaves) {
+    for (int32_t f = leaf.first_fresh; f >= 0; f = groups_.fresh[f].next) {
+      const FreshTokens& seen = groups_.fresh[f];
+      for (int32_t j = 0; j < seen.count; ++j) {
+        readers[step.rows[seen.row].row_begin + j] +=
+            seen.in_place ? leaf.count - seen.lag - j : leaf.count;
+      }
+    }
+  }
+  for (const StepRow& row : step.rows) {
+    const int64_t own = row.num_tokens;
+    for (int32_t j = 0; j < row.num_tokens; ++j) {
+      const int64_t all = own + readers[row.row_begin + j];
+      counts_.tile_unique_slots +=
+          (all + max_tokens_ - 1) / max_tokens_ - (own + max_tokens_ - 1) / max_tokens_;
+    }
   }
 }
 

@@ -47,8 +47,7 @@ void Planner::gather_slots(const PlanRun& run, int32_t source, int32_t from) {
     const uint64_t word = visibility(run, j);
     if (word == 0) continue;
     const int32_t slot = run.first_slot + j;
-    const int32_t page =
-        physical_page(sources_[source], run.page_begin + slot / page_size);
+    const int32_t page = physical_page(sources_[source], run.page_begin + slot / page_size);
     gather_.push_back(page * page_size + slot % page_size);
     words_.push_back(word);
   }

@@ -1,5 +1,5 @@
-// Marks functions that host compilers and nvcc both compile: CPU and GPU kernels share their element
-// arithmetic.
+// Marks functions that host compilers and nvcc both compile: CPU and GPU kernels share their
+// element arithmetic.
 #pragma once
 
 #if defined(__CUDACC__)

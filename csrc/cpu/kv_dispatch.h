@@ -7,39 +7,38 @@
 
 namespace fork_attn::cpu {
 
-// Calls f(Cache{}, Row{}). Rows have the cache's dtype, or are what an e4m3 cache quantises.
+// Calls f with a value of the type: fp32, bf16 or fp16.
 template <class F>
-void for_cache_and_rows(DType cache, DType rows, const F& f) {
-  if (cache == DType::kFloat8E4M3) {
-    switch (rows) {
-      case DType::kFloat32:
-        return f(Float8E4M3{}, float{});
-      case DType::kBFloat16:
-        return f(Float8E4M3{}, BFloat16{});
-      case DType::kFloat16:
-        return f(Float8E4M3{}, Float16{});
-      case DType::kFloat8E4M3:
-        return f(Float8E4M3{}, Float8E4M3{});
-    }
+void for_rows(DType rows, const F& f) {
+  switch (rows) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+    case DType::kFloat8E4M3:
+      break;
   }
-  if (cache == rows) {
-    switch (cache) {
-      case DType::kFloat32:
-        return f(float{}, float{});
-      case DType::kBFloat16:
-        return f(BFloat16{}, BFloat16{});
-      case DType::kFloat16:
-        return f(Float16{}, Float16{});
-      default:
-        break;
-    }
-  }
-  fail(ErrorKind::kType, "dtype: expected rows of the cache's dtype, or an e4m3 cache");
+  fail(ErrorKind::kType, "dtype: expected float32, bfloat16 or float16, got float8_e4m3fn");
 }
 
 template <class F>
 void for_cache(DType cache, const F& f) {
-  for_cache_and_rows(cache, cache, [&](auto type, auto) { f(type); });
+  if (cache == DType::kFloat8E4M3) return f(Float8E4M3{});
+  for_rows(cache, f);
+}
+
+// Calls f(Cache{}, Row{}). Rows have the cache's dtype, or are what an e4m3 cache quantises.
+template <class F>
+void for_cache_and_rows(DType cache, DType rows, const F& f) {
+  if (cache == DType::kFloat8E4M3) {
+    return for_rows(rows, [&](auto row) { f(Float8E4M3{}, row); });
+  }
+  if (cache != rows) {
+    fail(ErrorKind::kType, "dtype: expected rows of the cache's dtype, or an e4m3 cache");
+  }
+  for_rows(rows, [&](auto row) { f(row, row); });
 }
 
 }  // namespace fork_attn::cpu

@@ -7,8 +7,8 @@
 
 namespace fork_attn::cpu {
 
-// Rotary position embeddings (RoFormer, arXiv 2104.09864) of the first rotary_dim elements of a head;
-// scaled variants are in the table.
+// Rotary position embeddings (RoFormer, arXiv 2104.09864) of the first rotary_dim elements of a
+// head; scaled variants are in the table.
 struct Rope {
   const float* cos;  // (table rows, rotary_dim / 2) contiguous
   const float* sin;
@@ -39,8 +39,8 @@ struct StoreKvParams {
   DType cache_dtype;
 };
 
-// Slot slots[t] to row t of k and v; a negative slot gives zeros. Rows of another dtype than the e4m3
-// cache get x * scale.
+// Slot slots[t] to row t of k and v; a negative slot gives zeros. Rows of another dtype than the
+// e4m3 cache get x * scale.
 struct GatherKvParams {
   KvShape shape;
   PagedTensor k_cache, v_cache;
@@ -52,8 +52,8 @@ struct GatherKvParams {
   DType rows_dtype;
 };
 
-// K of slot from[t], rotated, to slot to[t], and V as it is; v_cache.data may be null. from[t] may be
-// to[t], but no to[u] with u != t. Quantised K keeps its scale.
+// K of slot from[t], rotated, to slot to[t], and V as it is; v_cache.data may be null. from[t] may
+// be to[t], but no to[u] with u != t. Quantised K keeps its scale.
 struct ShiftRopeParams {
   KvShape shape;
   PagedTensor k_cache, v_cache;
@@ -89,7 +89,8 @@ void shift_rope(const ShiftRopeParams& params);
 void copy_pages(const PageSpan* caches, int64_t num_caches, const int32_t* from, const int32_t* to,
                 int64_t count);
 
-// Moves slot from[i] to slot to[i] in every cache, reading all before writing any (accepted drafts).
+// Moves slot from[i] to slot to[i] in every cache, reading all before writing any (accepted
+// drafts).
 void move_slots(const SlotSpan* caches, int64_t num_caches, int32_t page_size, const int64_t* from,
                 const int64_t* to, int64_t count);
 

@@ -76,13 +76,15 @@ void store_kv(const StoreKvParams& p) {
 }
 
 void gather_kv(const GatherKvParams& p) {
-  for_cache_and_rows(p.cache_dtype, p.rows_dtype, [&](auto cache, auto rows) {
+  const auto gather = [&](auto cache, auto rows) {
     using Cache = decltype(cache);
     using Row = decltype(rows);
     constexpr int kPack = kPackSize<Cache, Row>;
     if (dims_fit<kPack>(p.shape, 0)) return gather_units<kPack, Cache, Row>(p);
     gather_units<1, Cache, Row>(p);
-  });
+  };
+  if (p.rows_dtype == DType::kFloat8E4M3) return gather(Float8E4M3{}, Float8E4M3{});
+  for_cache_and_rows(p.cache_dtype, p.rows_dtype, gather);
 }
 
 void shift_rope(const ShiftRopeParams& p) {

@@ -40,8 +40,7 @@ FORK_ATTN_HD void store_pack(T* to, const Pack<T, N>& pack) {
 }
 
 template <class To, class From>
-inline constexpr bool kScales =
-    std::is_same_v<To, Float8E4M3> != std::is_same_v<From, Float8E4M3>;
+inline constexpr bool kScales = std::is_same_v<To, Float8E4M3> != std::is_same_v<From, Float8E4M3>;
 
 // `factor` counts where one side is quantised and the other is not.
 template <class To, class From>
@@ -134,8 +133,9 @@ FORK_ATTN_HD void head_unit(const From* from, const Rope& rope, int64_t table_ro
 
 template <class T>
 FORK_ATTN_HD T* slot_row(const PagedTensor& t, int64_t slot, int32_t head, int32_t page_size) {
-  const int64_t page = slot / page_size;
-  const int64_t offset = slot - page * page_size;
+  // Caches have fewer than 2^31 slots; GPUs divide 64-bit numbers slowly.
+  const uint32_t page = static_cast<uint32_t>(slot) / static_cast<uint32_t>(page_size);
+  const uint32_t offset = static_cast<uint32_t>(slot) - page * static_cast<uint32_t>(page_size);
   return static_cast<T*>(t.data) + page * t.page_stride + offset * t.slot_stride +
          head * t.head_stride;
 }
@@ -219,8 +219,8 @@ FORK_ATTN_HD void shift_unit(const ShiftRopeParams& p, int64_t row, int32_t inde
   }
 }
 
-// Whether rows of `size` bytes an element can be cut into packs of N, each on a multiple of 16 bytes
-// or of its own size.
+// Whether rows of `size` bytes an element can be cut into packs of N, each on a multiple of 16
+// bytes or of its own size.
 template <int N>
 inline bool aligned(const void* data, std::initializer_list<int64_t> strides, int64_t size) {
   const int64_t unit = size * N < 16 ? size * N : 16;

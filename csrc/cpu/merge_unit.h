@@ -1,5 +1,5 @@
-// Merging softmax states over disjoint keys, N elements of one row and head: what one GPU thread does
-// of merge_states.
+// Merging softmax states over disjoint keys, N elements of one row and head: what one GPU thread
+// does of merge_states.
 #pragma once
 
 #include <cmath>

@@ -25,6 +25,7 @@ typedef float VecF __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t VecI __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef uint8_t VecB __attribute__((vector_size(kLanes * sizeof(uint8_t))));
 using Lanes = std::make_integer_sequence<int, kLanes>;
 
 FORK_ATTN_INLINE VecF load(const float* p) {
@@ -62,6 +63,19 @@ FORK_ATTN_INLINE VecF load_as_float(const Float16* p) {
   const VecU magnitude = rest >= 0x7c00u ? special : (rest < 0x400u ? subnormal : normal);
   return (VecF)(sign | magnitude);
 #endif
+}
+
+FORK_ATTN_INLINE VecF load_as_float(const Float8E4M3* p) {
+  VecB bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  const VecU wide = __builtin_convertvector(bits, VecU);
+  const VecU sign = (wide & 0x80u) << 24;
+  const VecU rest = wide & 0x7fu;
+  const VecU normal = (rest << 20) + (120u << 23);
+  const VecU nan = VecU{} + 0x7fc00000u;
+  const VecU subnormal = (VecU)(__builtin_convertvector((VecI)rest, VecF) * 0x1p-9f);
+  const VecU magnitude = rest == 0x7fu ? nan : (rest < 8u ? subnormal : normal);
+  return (VecF)(sign | magnitude);
 }
 
 FORK_ATTN_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }

@@ -5,7 +5,9 @@
 
 namespace fork_attn::cpu {
 
-int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+int element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8E4M3 ? 1 : 2;
+}
 
 int64_t num_slots(const PlanView& plan, const PlanItem& item) {
   int64_t slots = 0;
@@ -18,7 +20,7 @@ TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, 
       pages_(params.pages != nullptr ? params.pages : plan_.pages()),
       k_(params.k_cache),
       v_(params.v_cache),
-      element_size_(element_size(params.dtype)),
+      element_size_(element_size(params.kv_dtype)),
       head_k_(kv_head * params.k_cache.head_stride),
       head_v_(kv_head * params.v_cache.head_stride),
       run_(item.run_begin),
@@ -76,15 +78,14 @@ bool TileReader::next(Tile& tile) {
     }
     const bool gathered = (run.kind & kGather) != 0;
     if (gathered) enter_run();
-    const int64_t page =
-        gathered ? plan_.gather()[page_index_] / page_size : pages_[page_index_];
+    const int64_t page = gathered ? plan_.gather()[page_index_] / page_size : pages_[page_index_];
     const char* k = static_cast<const char*>(k_.data) +
                     (page * k_.page_stride + offset_ * k_.slot_stride + head_k_) * element_size_;
     const char* v = static_cast<const char*>(v_.data) +
                     (page * v_.page_stride + offset_ * v_.slot_stride + head_v_) * element_size_;
     const int64_t together = gathered ? 1 : page_size - offset_;
-    const int64_t count = std::min<int64_t>(
-        {together, run.num_slots - j_, left_, kTileSlots - tile.count});
+    const int64_t count =
+        std::min<int64_t>({together, run.num_slots - j_, left_, kTileSlots - tile.count});
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t word = visibility(run, j_ + i);
       if (word == 0) continue;

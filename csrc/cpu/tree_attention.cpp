@@ -62,6 +62,10 @@ void check(const TreeAttentionParams& params) {
                                 std::to_string(h.group) + ", got " +
                                 std::to_string(params.num_q_heads));
   }
+  if (params.dtype == DType::kFloat8E4M3 ||
+      (params.kv_dtype != params.dtype && params.kv_dtype != DType::kFloat8E4M3)) {
+    throw std::invalid_argument("dtype: expected caches of the dtype of q, or of e4m3");
+  }
 }
 
 template <class T>
@@ -92,6 +96,8 @@ void merge_row(const TreeAttentionParams& p, const Partials& partials, int64_t r
       return merge_row<BFloat16>(p, partials, row, acc);
     case DType::kFloat16:
       return merge_row<Float16>(p, partials, row, acc);
+    case DType::kFloat8E4M3:
+      break;
   }
 }
 

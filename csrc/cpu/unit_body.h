@@ -50,7 +50,8 @@ inline bool all_finite(const float* row, int width) {
   return sum_of_lanes(sum) == 0.0f;
 }
 
-template <class T>
+// T: the type of q and out; KV: of the caches.
+template <class T, class KV>
 class UnitRunner {
  public:
   UnitRunner(const TreeAttentionParams& params, const Unit& unit, const Partials& partials,
@@ -62,6 +63,8 @@ class UnitRunner {
         item_(plan_.items()[unit.item]) {
     block_ = plan_.blocks()[item_.block];
     group_ = plan_.header().group;
+    score_scale_ = p_.softmax_scale * (p_.k_scale == nullptr ? 1.0f : p_.k_scale[kv_head_]);
+    v_scale_ = p_.v_scale == nullptr ? 1.0f : p_.v_scale[kv_head_];
     num_rows_ = block_.num_tokens * group_;
     width_ = (p_.head_dim + kLanes - 1) / kLanes * kLanes;
     width_v_ = (p_.head_dim_v + kLanes - 1) / kLanes * kLanes;
@@ -116,15 +119,15 @@ class UnitRunner {
 
   // K and V of the tile as rows of floats: in place where that is what memory holds.
   void prepare_rows(const Tile& tile) {
-    if (std::is_same_v<T, float> && p_.head_dim == width_) {
+    if (std::is_same_v<KV, float> && p_.head_dim == width_) {
       for (int n = 0; n < tile.count; ++n) k_[n] = static_cast<const float*>(tile.k[n]);
     } else {
-      widen_rows<T>(tile.k, tile.count, p_.head_dim, width_, k_rows_, k_);
+      widen_rows<KV>(tile.k, tile.count, p_.head_dim, width_, k_rows_, k_);
     }
-    if (std::is_same_v<T, float> && p_.head_dim_v == width_v_) {
+    if (std::is_same_v<KV, float> && p_.head_dim_v == width_v_) {
       for (int n = 0; n < tile.count; ++n) v_[n] = static_cast<const float*>(tile.v[n]);
     } else {
-      widen_rows<T>(tile.v, tile.count, p_.head_dim_v, width_v_, v_rows_, v_);
+      widen_rows<KV>(tile.v, tile.count, p_.head_dim_v, width_v_, v_rows_, v_);
     }
   }
 
@@ -149,7 +152,7 @@ class UnitRunner {
   void attend_tile(const Tile& tile, const Tile& next) {
     prepare_rows(tile);
     prepare_masks(tile);
-    prefetch_rows(next.k, next.count, p_.head_dim * sizeof(T));
+    prefetch_rows(next.k, next.count, p_.head_dim * sizeof(KV));
     const bool dot = num_rows_ <= kDotRows;
     if (!dot) transpose_rows(k_, tile.count, width_, k_columns_);
     const int num_vectors = (tile.count + kLanes - 1) / kLanes;
@@ -162,7 +165,7 @@ class UnitRunner {
         multiply_keys(q, rows, num_vectors);
       }
       softmax(row, rows, num_vectors);
-      if (row == 0) prefetch_rows(next.v, next.count, p_.head_dim_v * sizeof(T));
+      if (row == 0) prefetch_rows(next.v, next.count, p_.head_dim_v * sizeof(KV));
       if (isolate_) {
         add_isolated(row, rows);
       } else {
@@ -191,7 +194,7 @@ class UnitRunner {
     for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1u << i;
     VecF top = broadcast(-kInfinity);
     for (int v = 0; v < num_vectors; ++v) {
-      VecF x = load(s + v * kLanes) * p_.softmax_scale;
+      VecF x = load(s + v * kLanes) * score_scale_;
       if (p_.softcap > 0.0f) x = tanh(x / p_.softcap) * p_.softcap;
       if (masked) {
         const VecU bits = VecU{} + static_cast<uint32_t>(seen >> (v * kLanes));
@@ -254,9 +257,10 @@ class UnitRunner {
       const int64_t slot =
           int64_t{item_.partial_begin + i / group_} * p_.num_q_heads + query_head(i % group_);
       const RowEnd end = end_row(max_[i], sum_[i], nullptr);
+      const float scale = end.scale * v_scale_;
       const float* from = out_ + i * width_v_;
       float* to = partials_.out + slot * p_.head_dim_v;
-      for (int d = 0; d < p_.head_dim_v; ++d) to[d] = from[d] * end.scale;
+      for (int d = 0; d < p_.head_dim_v; ++d) to[d] = from[d] * scale;
       partials_.lse[slot] = end.lse;
     }
   }
@@ -267,9 +271,10 @@ class UnitRunner {
       const int64_t token = tokens[i / group_];
       const int head = query_head(i % group_);
       const RowEnd end = end_row(max_[i], sum_[i], p_.sinks == nullptr ? nullptr : p_.sinks + head);
+      const float scale = end.scale * v_scale_;
       const float* from = out_ + i * width_v_;
       T* to = static_cast<T*>(p_.out.data) + token * p_.out.row_stride + head * p_.out.head_stride;
-      for (int d = 0; d < p_.head_dim_v; ++d) from_float(from[d] * end.scale, to[d]);
+      for (int d = 0; d < p_.head_dim_v; ++d) from_float(from[d] * scale, to[d]);
       p_.lse[token * p_.num_q_heads + head] = end.lse;
     }
   }
@@ -280,6 +285,7 @@ class UnitRunner {
   PlanView plan_;
   PlanItem item_;
   PlanBlock block_;
+  float score_scale_, v_scale_;
   int group_, num_rows_, width_, width_v_;  // widths: head dimensions rounded up to whole vectors
   float *q_, *out_, *max_, *sum_, *decay_, *scores_, *k_rows_, *k_columns_, *v_rows_;
   const float* k_[kTileSlots];
@@ -289,15 +295,27 @@ class UnitRunner {
   bool isolate_;
 };
 
+template <class T>
+void run_unit_of(const TreeAttentionParams& params, const Unit& unit, const Partials& partials,
+                 float* scratch) {
+  if (params.kv_dtype == DType::kFloat8E4M3) {
+    UnitRunner<T, Float8E4M3>(params, unit, partials, scratch).run();
+  } else {
+    UnitRunner<T, T>(params, unit, partials, scratch).run();
+  }
+}
+
 inline void run_unit_body(const TreeAttentionParams& params, const Unit& unit,
                           const Partials& partials, float* scratch) {
   switch (params.dtype) {
     case DType::kFloat32:
-      return UnitRunner<float>(params, unit, partials, scratch).run();
+      return run_unit_of<float>(params, unit, partials, scratch);
     case DType::kBFloat16:
-      return UnitRunner<BFloat16>(params, unit, partials, scratch).run();
+      return run_unit_of<BFloat16>(params, unit, partials, scratch);
     case DType::kFloat16:
-      return UnitRunner<Float16>(params, unit, partials, scratch).run();
+      return run_unit_of<Float16>(params, unit, partials, scratch);
+    case DType::kFloat8E4M3:
+      break;  // no query has that type: tree_attention refuses it
   }
 }
 

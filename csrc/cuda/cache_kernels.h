@@ -29,7 +29,7 @@ void move_slots(const cpu::SlotSpan* caches, int64_t num_caches, int32_t page_si
 
 // As cpu::merge_states, with outputs of any of fp32, bf16 and fp16.
 void merge_states(const void* out, const float* lse, cpu::DType dtype, int64_t num_states,
-                  int64_t rows, int32_t num_heads, int32_t dim, void* merged_out,
-                  float* merged_lse, Stream stream);
+                  int64_t rows, int32_t num_heads, int32_t dim, void* merged_out, float* merged_lse,
+                  Stream stream);
 
 }  // namespace fork_attn::cuda

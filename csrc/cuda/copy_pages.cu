@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t piece = blockIdx.x - copy * pieces;
   const int64_t size = cache.page_bytes / static_cast<int64_t>(sizeof(Element));
   const int64_t first = int64_t{piece} * kThreads * kAccesses + threadIdx.x;
-  const Element* src = reinterpret_cast<const Element*>(cache.data + from[copy] * cache.page_stride);
+  const Element* src =
+      reinterpret_cast<const Element*>(cache.data + from[copy] * cache.page_stride);
   Element* dst = reinterpret_cast<Element*>(cache.data + to[copy] * cache.page_stride);
   Element held[kAccesses];
 #pragma unroll

@@ -34,13 +34,15 @@ void run(const cpu::GatherKvParams& p, Stream stream) {
 
 void gather_kv(const cpu::GatherKvParams& p, Stream stream) {
   if (p.shape.rows == 0) return;
-  cpu::for_cache_and_rows(p.cache_dtype, p.rows_dtype, [&](auto cache, auto rows) {
+  const auto gather = [&](auto cache, auto rows) {
     using Cache = decltype(cache);
     using Row = decltype(rows);
     constexpr int kPack = cpu::kPackSize<Cache, Row>;
     if (aligned<kPack, Cache, Row>(p)) return run<kPack, Cache, Row>(p, stream);
     run<1, Cache, Row>(p, stream);
-  });
+  };
+  if (p.rows_dtype == cpu::DType::kFloat8E4M3) return gather(cpu::Float8E4M3{}, cpu::Float8E4M3{});
+  cpu::for_cache_and_rows(p.cache_dtype, p.rows_dtype, gather);
 }
 
 }  // namespace fork_attn::cuda

@@ -51,7 +51,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   emulator::launch([&] { kernel(arguments...); }, grid, block, shared);
 #else
   const DeviceScope scope(stream.device, name);
-  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)>>>(arguments...);
+  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)> > >(arguments...);
   check(cudaGetLastError(), name);
 #endif
 }

@@ -25,11 +25,11 @@ void run(const cpu::MergeParams& p, Stream stream) {
 }  // namespace
 
 void merge_states(const void* out, const float* lse, cpu::DType dtype, int64_t num_states,
-                  int64_t rows, int32_t num_heads, int32_t dim, void* merged_out,
-                  float* merged_lse, Stream stream) {
+                  int64_t rows, int32_t num_heads, int32_t dim, void* merged_out, float* merged_lse,
+                  Stream stream) {
   const cpu::MergeParams p{out, lse, merged_out, merged_lse, num_states, rows * num_heads, dim};
   if (p.count == 0 || dim == 0) return;
-  cpu::for_cache(dtype, [&](auto type) {
+  cpu::for_rows(dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kPack = cpu::kPackSize<T, T>;
     const bool fits = dim % kPack == 0 && cpu::aligned<kPack>(out, {}, sizeof(T)) &&

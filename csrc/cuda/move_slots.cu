@@ -12,8 +12,8 @@ static_assert(kMaxMoves * sizeof(Vector16) <= kSharedBytes);
 template <class Element>
 __device__ Element* slot_column(const cpu::SlotSpan& cache, int64_t slot, int32_t page_size,
                                 int32_t column) {
-  const int64_t page = slot / page_size;
-  const int64_t offset = slot - page * page_size;
+  const uint32_t page = static_cast<uint32_t>(slot) / static_cast<uint32_t>(page_size);
+  const uint32_t offset = static_cast<uint32_t>(slot) - page * static_cast<uint32_t>(page_size);
   char* row = cache.data + page * cache.page_stride + offset * cache.slot_stride +
               blockIdx.y * cache.head_stride;
   return reinterpret_cast<Element*>(row) + column;
@@ -52,8 +52,7 @@ void run(const Table& table, int32_t num_caches, int32_t page_size, const int64_
     columns = std::max(columns, table.spans[c].row_bytes / kSize);
     heads = std::max(heads, table.spans[c].num_heads);
   }
-  const int32_t width =
-      std::min(columns, kSharedBytes / (static_cast<int32_t>(count) * kSize));
+  const int32_t width = std::min(columns, kSharedBytes / (static_cast<int32_t>(count) * kSize));
   const dim3 grid(static_cast<unsigned>((columns + width - 1) / width),
                   static_cast<unsigned>(heads), static_cast<unsigned>(num_caches));
   launch("move_slots", move_kernel<Element>, grid, dim3(kThreads), count * width * kSize, stream,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from fork_attn.errors import Unsupported
 from fork_attn.kernels.tree_attention import tree_attention_kernel
@@ -60,10 +59,11 @@ def choose_body(
 ) -> Body:
     """The body for row blocks of up to `rows` rows (tokens x group).
 
-    The least of 16, 32, 64 and 128 rows that holds a block, so that K and V are read once; a wider
-    one in several passes where registers or shared memory do not allow that: fp32 (no tensor cores
-    at full precision) above 32 rows, and 128 rows of heads above 128. Tiles of 128 rows and of
-    heads above 128 take 8 warps. Tiles have 64 slots, or 32 where two stages of 64 do not fit.
+    The least of 16, 32, 64 and 128 rows that holds a block, so that K and V are read once. Where
+    registers do not allow that, the block takes several passes: fp32 (no tensor cores at full
+    precision) above 16 rows, heads above 128 at 128 rows. Tiles of 128 rows take 8 warps; so do
+    64 rows of heads above 128 and, for its registers, on sm_100. Tiles have 64 slots, 32 for fp32
+    and, for heads above 128, on sm_80, whose shared memory two stages of 64 do not fit.
 
     Args:
         itemsize: bytes of an element of q.
@@ -73,11 +73,11 @@ def choose_body(
     widest = max(head_dim, head_dim_v)
     most = 128
     if itemsize == 4:
-        most = 32 if widest <= 128 else 16
+        most = 16
     elif widest > 128:
         most = 64
     tile = next(size for size in (16, 32, 64, 128) if size >= min(rows, most))
-    warps = 8 if tile == 128 or (tile == 64 and widest > 128) else 4
+    warps = 8 if tile == 128 or (tile == 64 and (widest > 128 or sm >= 100)) else 4
     slots = 32 if itemsize == 4 or (widest > 128 and sm < 90) else 64
     stage = slots * (padded(head_dim) + padded(head_dim_v)) * kv_itemsize
     budget = 160 * 1024 if sm < 90 else 220 * 1024
@@ -243,6 +243,7 @@ def tree_attention(
             v_scale=v_scale is not None,
             tma=tma,
             fp32=q.dtype == torch.float32,
+            sm=sm,
         ),
     )
 
@@ -265,6 +266,7 @@ def constants(
     v_scale: bool,
     tma: bool,
     fp32: bool,
+    sm: int,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments; strides are those of page, slot and head."""
     return {
@@ -289,6 +291,7 @@ def constants(
         "TMA": tma,
         "STAGES": body.stages,
         "PRECISION": "ieee" if fp32 else "tf32",
+        "CALLS": sm < 100,  # Triton 3.6 cannot call functions that use tensor memory
     }
 
 

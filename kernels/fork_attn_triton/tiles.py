@@ -10,12 +10,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def section(plan32, field: tl.constexpr):
-    """Where a section of the plan begins: `field` is its header field, in words of 8 bytes."""
-    return plan32 + 2 * tl.load(plan32 + field).to(tl.int64)
-
-
-@triton.jit
 def tanh(x):
     """tanh of fp32: an odd polynomial near 0, where 1 - 2 / (1 + exp(2x)) would cancel."""
     square = x * x

@@ -27,6 +27,7 @@ from fork_attn.errors import (
 )
 from fork_attn.ops import merge_states, tree_attention
 from fork_attn.plan import Plan
+from fork_attn.rope import Rope
 from fork_attn.step import Draft, Step
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "OutOfPages",
     "Plan",
     "PlanCapacityExceeded",
+    "Rope",
     "StaleBranch",
     "StalePlan",
     "Step",

@@ -125,13 +125,14 @@ class Branch:
         children: Sequence[Branch],
         *,
         position: Literal["max", "sum"] | int = "max",
+        rebase: bool | Literal["copy"] = False,
     ) -> None:
         """The context becomes the union of this branch's and the children's; the children are
-        freed. Copies nothing.
+        freed. Copies nothing unless `rebase="copy"`.
 
         The order is: what this branch sees, then what each child sees and the context does not hold
         yet, child by child. The children keep the positions they were written at, as in Multiverse
-        (arXiv 2506.09991).
+        (arXiv 2506.09991), or are laid end to end with `rebase`.
 
         Args:
             children: other live branches of the same cache.
@@ -139,22 +140,66 @@ class Branch:
                 children (Multiverse, NPR, ParaThinker). "sum": at its own position plus the number
                 of tokens that the join adds (ASPD).
                 An int: there.
+            rebase: what each child adds is moved as a whole, so that its first position follows
+                the last of what came before; "max" is then the end of the last child. True: no
+                byte is moved, from then on queries that see these tokens are turned instead.
+                "copy": they are copied to fresh pages, with their keys turned.
 
         Raises:
-            ValueError: no children, this branch among them, or a bad `position`.
+            ValueError: no children, this branch among them, a bad `position` or `rebase`, a token
+                that stands at two positions, or a branch that another one watches.
+            OutOfPages: with `rebase="copy"`, the pool cannot hold the copies.
+            Unsupported: with `rebase`, the cache's RoPE is not known or forbids it.
             DuplicateBranch, ForeignBranch, StaleBranch: what their names say of a child.
         """
         cache = self.cache
         handles = cache._handles("children", children)
-        core = cache._verb()
-        if isinstance(position, str):
-            if position not in ("max", "sum"):
-                raise ValueError(f"position: expected 'max', 'sum' or an int, got {position!r}")
-            core.join(self._handle, handles, position, 0)
-        else:
-            core.join(self._handle, handles, "given", integer("position", position, low=0))
+        if rebase not in (False, True, "copy"):
+            raise ValueError(f"rebase: expected False, True or 'copy', got {rebase!r}")
+        if isinstance(position, str) and position not in ("max", "sum"):
+            raise ValueError(f"position: expected 'max', 'sum' or an int, got {position!r}")
+        given = 0 if isinstance(position, str) else integer("position", position, low=0)
+        if rebase:
+            cache._require_ropes("join(rebase=...)")
+        copy = cache._storage.copy_shifted if rebase == "copy" else None
+        mode = position if isinstance(position, str) else "given"
+        cache._verb().join(self._handle, handles, mode, given, bool(rebase), copy)
         cache._forget(handles)
         cache._freed()
+
+    def watch(self, other: Branch, *, lag: int = 0, rebase: bool = True) -> None:
+        """From now on this branch also sees what `other` sees and it does not, and what `other`
+        goes on to write, while it writes it (Hogwild! Inference, arXiv 2504.06261; Group Think,
+        arXiv 2505.11107). Copies nothing.
+
+        Row i of a step sees all that `other` wrote in earlier steps, and of its new rows in the
+        same step those with j <= i - lag. The watch stands where it is made: behind the tokens that
+        this branch sees now and before those that it writes later, which move on in its view as
+        `other` grows. `length`, `positions` and `position`, and the steps' `position_ids`, leave
+        watched tokens out; keys stay where they were written, and queries are turned instead. Forks
+        inherit watches. When `other` is freed, what it had written stays visible.
+
+        Args:
+            other: another live branch of the same cache; two may watch each other. While it is
+                watched it can only grow, fork, watch and be freed.
+            lag: how many rows of the same step stay hidden; more than a step's rows: all of them.
+            rebase: True lays the watched tokens end to end with what stands before them (Hogwild!).
+                False leaves them at the positions at which `other` wrote them (Group Think, where
+                each branch has a range of positions of its own), and nothing moves.
+
+        Raises:
+            ValueError: `other` is this branch, or watched by it already, or a bad `lag`.
+            StaleBranch, ForeignBranch, StepOpen: what their names say.
+            Unsupported: with `rebase`, the cache's RoPE is not known or forbids it.
+        """
+        cache = self.cache
+        (handle,) = cache._handles("other", [other])
+        low = integer("lag", lag, low=0)
+        if not isinstance(rebase, bool):
+            raise TypeError(f"rebase: expected a bool, got {type(rebase).__name__}")
+        if rebase:
+            cache._require_ropes("watch")
+        cache._verb().watch(self._handle, handle, low, rebase)
 
     def select(self, child: Branch) -> None:
         """The branch takes the context of `child`, and every branch forked from it, `child`
@@ -180,15 +225,24 @@ class Branch:
         self.cache._verb().crop(self._handle, integer("length", length, low=0))
         self.cache._freed()
 
-    def excise(self, start: int, end: int) -> None:
-        """Drops the tokens [start, end) of the context; all others keep their positions (TIM, arXiv
-        2507.16784).
+    def excise(self, start: int, end: int, *, rebase: bool = False) -> None:
+        """Drops the tokens [start, end) of the context (TIM, arXiv 2507.16784).
+
+        Args:
+            start, end: in context order.
+            rebase: all that follows, and `position`, move back as a whole, so that the first token
+                that follows takes the place of token `start`. False: all keep their positions.
 
         Raises:
-            ValueError: not 0 <= start <= end <= length.
+            ValueError: not 0 <= start <= end <= length, or a branch that another one watches.
+            Unsupported: with `rebase`, the cache's RoPE is not known or forbids it.
         """
         low, high = integer("start", start, low=0), integer("end", end, low=0)
-        self.cache._verb().excise(self._handle, low, high)
+        if not isinstance(rebase, bool):
+            raise TypeError(f"rebase: expected a bool, got {type(rebase).__name__}")
+        if rebase:
+            self.cache._require_ropes("excise(rebase=True)")
+        self.cache._verb().excise(self._handle, low, high, rebase)
         self.cache._freed()
 
     def page_table(self) -> torch.Tensor:
@@ -196,10 +250,11 @@ class Branch:
         entry t // page_size.
 
         What flash-attn's and FlashInfer's paged calls take. Under `tail="copy"` every branch has
-        one unless its context was joined or excised, or its position was set in mid-page.
+        one unless its context was joined or excised, watches another branch, or its position was
+        set in mid-page.
 
         Raises:
-            NotDense: the context skips slots.
+            NotDense: the context skips slots, or sees some at shifted positions.
         """
         return torch.tensor(self.cache._core.page_table(self._handle), dtype=torch.int32)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +12,11 @@ from fork_attn import _C, checks, ops, ops_flash
 from fork_attn.branch import Branch, make_branch
 from fork_attn.device_step import Kind, plan_target
 from fork_attn.errors import ForeignBranch, OutOfPages, StalePlan, Unsupported
+from fork_attn.kv_library import DTYPE_CODES
+from fork_attn.plan import Plan
+from fork_attn.quantise import E4M3, check_scale
 from fork_attn.render import render_cache
+from fork_attn.rope import Rope, turn_of, with_rotations
 from fork_attn.scrub import make_scrub
 from fork_attn.staging import PageLists, Staging
 from fork_attn.step import Draft, Step
@@ -51,13 +55,16 @@ class ForkedKVCache:
         head_dim_v: of V; None means `head_dim`.
         sliding_window: a row sees keys less than this many positions behind it; None means all.
         page_size: slots of a page.
-        dtype: of K and V: float32, bfloat16 or float16.
+        dtype: of K and V: float32, bfloat16, float16, or float8_e4m3fn, which halves a bf16 cache: see
+            `set_scales`.
         device: where K and V live; "meta" keeps the books and makes plans, but holds no KV.
         tail: what a writer does with a part-filled page that it shares and cannot go on in: "seal"
             takes a fresh page, "copy" copies it (copy-on-write), which keeps page tables dense.
         backend: see `tree_attention`.
         batch_invariant: not part of this version.
         num_workers: workers that plans are balanced for; None means the device's cores or SMs.
+        rope: how the layers' keys turn with their positions, for `join(rebase=...)`, `watch` and
+            `excise(rebase=True)`; None: not known, so that these are refused.
 
     Raises:
         ValueError, TypeError: an argument is off.
@@ -83,6 +90,7 @@ class ForkedKVCache:
         backend: ops.Backend = "auto",
         batch_invariant: bool = False,
         num_workers: int | None = None,
+        rope: PerLayer[Rope | None] = None,
     ) -> None:
         num_layers = checks.integer("num_layers", num_layers, low=1)
         self.num_pages = checks.integer("num_pages", num_pages, low=1)
@@ -91,8 +99,9 @@ class ForkedKVCache:
             raise ValueError(
                 f"num_pages: expected fewer than 2**31 slots, got {num_pages} x {page_size}"
             )
-        if dtype not in ops._DTYPES:
-            raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        if dtype not in DTYPE_CODES:
+            wanted = "float32, bfloat16, float16 or float8_e4m3fn"
+            raise TypeError(f"dtype: expected {wanted}, got {dtype}")
         if tail not in ("seal", "copy"):
             raise ValueError(f"tail: expected 'seal' or 'copy', got {tail!r}")
         if batch_invariant:
@@ -112,7 +121,7 @@ class ForkedKVCache:
         self.num_workers = checks.integer("num_workers", workers, low=1)
         head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
         self._storage = KVStorage(
-            make_layers(num_layers, num_q_heads, num_kv_heads, *head_dims, sliding_window),
+            make_layers(num_layers, num_q_heads, num_kv_heads, *head_dims, sliding_window, rope),
             num_pages=self.num_pages,
             page_size=self.page_size,
             dtype=dtype,
@@ -128,6 +137,7 @@ class ForkedKVCache:
         self._refs: dict[int, weakref.ref[Branch]] = {}
         self._dropped: list[int] = []
         self._step_ref: weakref.ref[Step] | None = None
+        self._find_ropes: Callable[[], Sequence[Rope]] | None = None  # if not given; may refuse
 
     @classmethod
     def _lazy(cls, **kwargs: Any) -> ForkedKVCache:
@@ -223,9 +233,9 @@ class ForkedKVCache:
         Args:
             layer_idx: 0 to num_layers - 1.
             q: (T, num_q_heads, head_dim), the step's rows in order, in the cache's dtype and
-                device.
-            k: (T, num_kv_heads, head_dim), already rotated.
-            v: (T, num_kv_heads, head_dim_v).
+                device; with an e4m3 cache in float32, bfloat16 or float16.
+            k: (T, num_kv_heads, head_dim), already rotated, in the dtype of `q`.
+            v: (T, num_kv_heads, head_dim_v), likewise.
             step: open, of this cache.
             softmax_scale, softcap, sinks: see `tree_attention`.
 
@@ -243,8 +253,9 @@ class ForkedKVCache:
             raise Unsupported("attend: a cache on device 'meta' holds no KV")
         self._storage.fit(layer, q, k, v)
         shape = (step.num_tokens, layer.num_q_heads, layer.head_dim)
-        checks.tensor("q", q, shape=shape, dtype=self.dtype, device=self.device)
-        self._check_kv(layer, k, v, step)
+        dtype = self._storage.row_dtype(q)
+        checks.tensor("q", q, shape=shape, dtype=dtype, device=self.device)
+        self._check_kv(layer, k, v, step, dtype)
         options = ops.check_scores(
             softmax_scale, softcap, sinks, layer.num_q_heads, layer.head_dim, self.device
         )
@@ -254,13 +265,18 @@ class ForkedKVCache:
         assert k_cache is not None and v_cache is not None
         if flash:
             tables = step._flash_tables()
-            torch.ops.fork_attn.store_kv(k, v, k_cache, v_cache, step.slot_mapping)
+            self._storage.store(layer, k, v, step.slot_mapping)
             return ops_flash.attend(q, k_cache, v_cache, tables, layer.window, *options)
         assert plan is not None
         self._core.enter()
         try:
-            torch.ops.fork_attn.store_kv(k, v, k_cache, v_cache, step.slot_mapping)
-            out, _ = ops.run_tree_attention(q, k_cache, v_cache, plan, *options, self.backend)
+            self._storage.store(layer, k, v, step.slot_mapping)
+            if plan.rotations is not None:
+                q = _with_rotations(q, layer, plan)
+            scales = (layer.k_scale, layer.v_scale)
+            out, _ = ops.run_tree_attention(
+                q, k_cache, v_cache, plan, *options, *scales, backend=self.backend
+            )
         finally:
             self._core.leave()
         return out
@@ -278,6 +294,49 @@ class ForkedKVCache:
                 f"layer_idx: layer {layer_idx} takes memory at its first write, and had none yet"
             )
         return layer.k_cache, layer.v_cache
+
+    def scales(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(k_scale, v_scale) of a layer, (num_kv_heads,) fp32 each, or None: they are not set, or the
+        cache is not e4m3.
+
+        Raises:
+            ValueError: no such layer.
+        """
+        layer = self._layer(layer_idx)
+        if layer.k_scale is None or layer.v_scale is None:
+            return None
+        return layer.k_scale, layer.v_scale
+
+    def set_scales(self, layer_idx: int, k_scale: torch.Tensor, v_scale: torch.Tensor) -> None:
+        """Sets what the K and V of one layer of an e4m3 cache are divided by when they are stored and
+        multiplied with when they are read.
+
+        A layer whose scales are not set when it is first written takes them from the tokens of that
+        write, with room for values twice as large.
+
+        Args:
+            layer_idx: 0 to num_layers - 1.
+            k_scale: (num_kv_heads,) fp32, positive.
+            v_scale: likewise.
+
+        Raises:
+            ValueError: the cache is not e4m3, or pages are live that the layer was written to with
+                other scales; or a shape or value is off.
+            TypeError: a dtype is off.
+        """
+        layer = self._layer(layer_idx)
+        if self.dtype != E4M3:
+            raise ValueError(f"set_scales: expected a cache of {E4M3}, got one of {self.dtype}")
+        scales = [
+            check_scale(name, scale, layer.num_kv_heads, self.device)
+            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
+        ]
+        if layer.written and self.stats().pages_live:
+            raise ValueError(
+                f"set_scales: layer {layer_idx} holds K and V stored with other scales; set them "
+                "before its first write, or free all branches"
+            )
+        layer.k_scale, layer.v_scale = scales
 
     def reorder(self, branches: Sequence[Branch], indices: Sequence[int]) -> None:
         """`branches[i]` continues the context of `branches[indices[i]]`, all at once (beam search).
@@ -374,6 +433,19 @@ class ForkedKVCache:
                 f"record_stream, got {stream}"
             )
 
+    def _require_ropes(self, verb: str) -> None:
+        """Before a verb that shifts positions: every layer's RoPE must be known."""
+        layers = self._storage.layers
+        if self.device.type == "meta" or all(layer.rope is not None for layer in layers):
+            return
+        if self._find_ropes is None:
+            raise Unsupported(
+                f"{verb}: the cache does not know how keys turn with their positions; "
+                "expected rope=... when it was made"
+            )
+        for layer, rope in zip(layers, self._find_ropes(), strict=True):
+            layer.rope = rope
+
     def _verb(self) -> Any:
         self._free_dropped()
         return self._core
@@ -426,10 +498,12 @@ class ForkedKVCache:
         if step.state != "open":
             raise StalePlan(f"step: expected an open step, got one that is {step.state}")
 
-    def _check_kv(self, layer: Layer, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+    def _check_kv(
+        self, layer: Layer, k: torch.Tensor, v: torch.Tensor, step: Step, dtype: torch.dtype
+    ) -> None:
         rows = (step.num_tokens, layer.num_kv_heads)
-        checks.tensor("k", k, shape=(*rows, layer.head_dim), dtype=self.dtype, device=self.device)
-        checks.tensor("v", v, shape=(*rows, layer.head_dim_v), dtype=self.dtype, device=self.device)
+        checks.tensor("k", k, shape=(*rows, layer.head_dim), dtype=dtype, device=self.device)
+        checks.tensor("v", v, shape=(*rows, layer.head_dim_v), dtype=dtype, device=self.device)
 
 
 def _default_workers(device: torch.device) -> int:
@@ -447,3 +521,11 @@ def _with_index(device: torch.device) -> torch.device:
 
 def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _with_rotations(q: torch.Tensor, layer: Layer, plan: Plan) -> torch.Tensor:
+    rope, rotations = layer.rope, plan.rotations
+    assert rope is not None and rotations is not None
+    if rope not in plan.turns:
+        plan.turns[rope] = turn_of(rope, -rotations[:, 1])
+    return with_rotations(q, rotations, rope, plan.turns[rope])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fork_attn
-from fork_attn import _C, _env, demo, ops, plan_command
+from fork_attn import _C, _env, demo, ops, ops_triton, plan_command
 
 _PACKAGES = ("torch", "triton", "transformers", "flash-attn", "numpy")
 
@@ -98,7 +98,8 @@ def info() -> dict[str, Any]:
             name: "available" if name in ops.AVAILABLE else "not part of this version"
             for name in ops.BACKENDS
             if name != "auto"
-        },
+        }
+        | {"triton": ops_triton.state()},
         "default_backend": _env.default_backend(),
     }
 

@@ -18,6 +18,8 @@ def check_cache(name: str, cache: Tensor, device: torch.device | None = None) ->
     if cache.dtype not in DTYPE_CODES:
         wanted = "float32, bfloat16, float16 or float8_e4m3fn"
         raise TypeError(f"{name}: expected dtype {wanted}, got {cache.dtype}")
+    if cache.shape[0] * cache.shape[1] >= 2**31:
+        raise ValueError(f"{name}: expected fewer than 2**31 slots, got shape {tuple(cache.shape)}")
 
 
 def check_caches(k_cache: Tensor, v_cache: Tensor | None) -> None:

@@ -154,7 +154,13 @@ def _shift_rope(
         src_slots.data_ptr(),
         dst_slots.data_ptr(),
         _rope_argument(cos, sin, table_rows, interleaved),
-        (len(src_slots), num_heads, head_dim, 0 if v_cache is None else v_cache.shape[3], page_size),
+        (
+            len(src_slots),
+            num_heads,
+            head_dim,
+            0 if v_cache is None else v_cache.shape[3],
+            page_size,
+        ),
         DTYPE_CODES[k_cache.dtype],
     )
 

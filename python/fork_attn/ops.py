@@ -9,21 +9,19 @@ import torch
 
 from fork_attn import _C, _env, checks, ops_flash, ops_triton
 from fork_attn.errors import Unsupported
-from fork_attn.kv_library import paged_argument, rows_argument, where
+from fork_attn.kv_library import DTYPE_CODES, paged_argument, rows_argument, where
 from fork_attn.plan import Plan
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "flash_attn", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "cpu", "triton", "cuda", "flash_attn", "reference")
 AVAILABLE: tuple[str, ...] = ("cpu", "triton", "flash_attn", "reference")
 
-FP8 = torch.float8_e4m3fn
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _library = torch.library.Library("fork_attn", "DEF")
 _library.define(
     "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor plan, float softmax_scale, "
-    "float softcap, Tensor? sinks, Tensor? k_scale=None, Tensor? v_scale=None) "
-    "-> (Tensor, Tensor)"
+    "float softcap, Tensor? sinks, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)"
 )
 _library.define("merge_states(Tensor out, Tensor lse) -> (Tensor, Tensor)")
 
@@ -69,8 +67,6 @@ def _tree_attention_cpu(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if k_scale is not None or v_scale is not None:
-        raise Unsupported("k_scale, v_scale: backend 'cpu' has none yet")
     num_tokens, num_q_heads, head_dim = q.shape
     _, _, num_kv_heads, head_dim_v = v_cache.shape
     out = q.new_empty((num_tokens, num_q_heads, head_dim_v))
@@ -82,8 +78,9 @@ def _tree_attention_cpu(
         paged_argument(v_cache),
         rows_argument(out),
         lse.data_ptr(),
-        0 if sinks is None else sinks.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (sinks, k_scale, v_scale)),
         _DTYPES[q.dtype],
+        DTYPE_CODES[k_cache.dtype],
         num_q_heads,
         num_kv_heads,
         head_dim,
@@ -174,11 +171,12 @@ def tree_attention(
     """Attention of every query row over the slots that the plan lets it see; shared slots are read
     once.
 
-    Scores are q . k * softmax_scale, then the softcap, then the mask, then the softmax, accumulated
+    Scores are q . k * k_scale * softmax_scale, then the softcap, then the mask, then the softmax, accumulated
     in fp32 and merged over work items by their log-sum-exps (FlashAttention-2, arXiv 2307.08691).
 
     Args:
-        q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16.
+        q: (T, num_q_heads, head_dim), the step's rows in order. fp32, bf16 or fp16. Where the plan
+            has rotations, their copies stand behind (`fork_attn.rope.with_rotations`).
         k_cache: (num_pages, page_size, num_kv_heads, head_dim), the dtype of `q` or float8_e4m3fn;
             any strides, last dimension contiguous.
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise.
@@ -187,7 +185,8 @@ def tree_attention(
         softcap: scores become softcap * tanh(score / softcap); None means no cap.
         sinks: (num_q_heads,) fp32 logits that join each row's softmax without a value (attention
             sinks, gpt-oss).
-        k_scale, v_scale: (num_kv_heads,) fp32: K and V are what the caches hold times these.
+        k_scale: (num_kv_heads,) fp32, what the K in an e4m3 cache is multiplied with; None means 1.
+        v_scale: (num_kv_heads,) fp32, likewise for V.
         backend: "auto" ("triton" for CUDA tensors, else "cpu"), "cpu", "triton", or "reference"
             (float64, slow). `FORK_ATTN_BACKEND` sets what "auto" means. With TRITON_INTERPRET=1
             "triton" takes CPU tensors.
@@ -204,7 +203,9 @@ def tree_attention(
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
     backend_name = resolve_backend(backend, q.device)
-    q = checks.tensor("q", q, shape=(plan.counts["num_tokens"], "num_q_heads", "head_dim"))
+    num_rotations = 0 if plan.rotations is None else len(plan.rotations)
+    num_rows = plan.counts["num_tokens"] + num_rotations
+    q = checks.tensor("q", q, shape=(num_rows, "num_q_heads", "head_dim"))
     if q.dtype not in _DTYPES:
         raise TypeError(f"q: expected dtype float32, bfloat16 or float16, got {q.dtype}")
     num_q_heads, head_dim = q.shape[1], q.shape[2]
@@ -213,21 +214,28 @@ def tree_attention(
             f"q: expected a multiple of the plan's group {plan.group} heads, got {num_q_heads}"
         )
     paged = ("num_pages", plan.page_size, num_q_heads // plan.group)
-    kv_dtype = FP8 if getattr(k_cache, "dtype", None) == FP8 else q.dtype
-    checks.tensor("k_cache", k_cache, shape=(*paged, head_dim), dtype=kv_dtype, device=q.device)
-    checks.tensor("v_cache", v_cache, shape=(*paged, "head_dim_v"), dtype=kv_dtype, device=q.device)
+    checks.tensor("k_cache", k_cache, shape=(*paged, head_dim), device=q.device)
+    if k_cache.dtype not in (q.dtype, torch.float8_e4m3fn):
+        raise TypeError(
+            f"k_cache: expected dtype {q.dtype} (that of q) or float8_e4m3fn, got {k_cache.dtype}"
+        )
+    shape = (*paged, "head_dim_v")
+    checks.tensor("v_cache", v_cache, shape=shape, dtype=k_cache.dtype, device=q.device)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            if k_cache.dtype != torch.float8_e4m3fn:
+                raise ValueError(
+                    f"{name}: expected None for a cache of {k_cache.dtype}, got a tensor"
+                )
+            checks.tensor(name, scale, shape=(paged[2],), dtype=torch.float32, device=q.device)
     if min(k_cache.shape[0], v_cache.shape[0]) < plan.page_limit:
         got = f"{k_cache.shape[0]} and {v_cache.shape[0]}"
         raise ValueError(
             f"k_cache, v_cache: expected at least the plan's {plan.page_limit} pages, got {got}"
         )
-    for name, factor in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if factor is not None:
-            shape = (k_cache.shape[2],)
-            checks.tensor(name, factor, shape=shape, dtype=torch.float32, device=q.device)
     options = check_scores(softmax_scale, softcap, sinks, num_q_heads, head_dim, q.device)
     return run_tree_attention(
-        q, k_cache, v_cache, plan, *options, backend_name, k_scale=k_scale, v_scale=v_scale
+        q, k_cache, v_cache, plan, *options, k_scale, v_scale, backend=backend_name
     )
 
 
@@ -263,10 +271,10 @@ def run_tree_attention(
     scale: float,
     cap: float,
     sinks: torch.Tensor | None,
-    backend: str,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     *,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`tree_attention` of arguments that are checked, on a backend that is resolved.
 
@@ -280,19 +288,22 @@ def run_tree_attention(
     if backend == "triton":
         ops_triton.check_supported(q, k_cache, v_cache)
         return ops_triton.run(q, k_cache, v_cache, plan, scale, cap, sinks, k_scale, v_scale)
+    num_tokens = plan.counts["num_tokens"]
     if backend == "reference":
         from fork_attn.reference import tree_attention_reference
 
-        scores = {"softmax_scale": scale, "softcap": cap or None, "sinks": sinks}
         return tree_attention_reference(
-            q, k_cache, v_cache, plan.buffer, k_scale=k_scale, v_scale=v_scale, **scores
+            *(q, k_cache, v_cache, plan.buffer),
+            softmax_scale=scale,
+            softcap=cap or None,
+            sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
-    if k_cache.dtype == FP8:
-        raise Unsupported("k_cache: backend 'cpu' does not read float8_e4m3fn yet")
-    result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fork_attn.tree_attention(
+    out, lse = torch.ops.fork_attn.tree_attention(
         q, k_cache, v_cache, plan.buffer, scale, cap, sinks, k_scale, v_scale
     )
-    return result
+    return (out, lse) if len(q) == num_tokens else (out[:num_tokens], lse[:num_tokens])
 
 
 def merge_states(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,7 +326,5 @@ def merge_states(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, to
     checks.tensor("lse", lse, shape=out.shape[:3], dtype=torch.float32, device=out.device)
     if out.dtype not in _DTYPES:
         raise TypeError(f"out: expected dtype float32, bfloat16 or float16, got {out.dtype}")
-    if out.device.type not in ("cpu", "cuda"):
-        raise Unsupported(f"merge_states cannot work on {out.device}")
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fork_attn.merge_states(out, lse)
     return result

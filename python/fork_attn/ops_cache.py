@@ -153,7 +153,9 @@ def shift_rope(
         Unsupported: the caches lie on a GPU and this build has no device code.
     """
     kv_checks.check_caches(k_cache, v_cache)
-    count = kv_checks.check_slots("src_slots", src_slots, "N", k_cache, padding=False, distinct=False)
+    count = kv_checks.check_slots(
+        "src_slots", src_slots, "N", k_cache, padding=False, distinct=False
+    )
     kv_checks.check_slots("dst_slots", dst_slots, count, k_cache, padding=False, distinct=True)
     if src_slots.device.type == "cpu":
         elsewhere = dst_slots[src_slots != dst_slots]

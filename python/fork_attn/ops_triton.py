@@ -1,4 +1,4 @@
-"""Tree attention and merging by Triton, as torch ops; `ops` calls them when that backend is chosen.
+"""Tree attention by Triton, as a torch op; `ops` calls it when that backend is chosen.
 
 Triton is imported when a kernel first runs: the package works without it.
 """
@@ -28,6 +28,16 @@ _library.define(
     "int num_programs, int max_block_tokens, int window, float softmax_scale, float softcap, "
     "Tensor? sinks, Tensor? k_scale, Tensor? v_scale) -> (Tensor, Tensor)"
 )
+
+
+def state() -> str:
+    """Whether the backend can run here, and why not, for `fork-attn info`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        require_triton(device)
+    except Unsupported as error:
+        return str(error).removeprefix("backend 'triton' ")
+    return "available"
 
 
 def require_triton(device: torch.device) -> None:
@@ -142,9 +152,7 @@ class _OnDevice:
         return self.workspaces[key]
 
 
-_plans: weakref.WeakKeyDictionary[Plan, dict[torch.device, _OnDevice]] = (
-    weakref.WeakKeyDictionary()
-)
+_plans: weakref.WeakKeyDictionary[Plan, dict[torch.device, _OnDevice]] = weakref.WeakKeyDictionary()
 
 
 def run(
@@ -190,13 +198,3 @@ def run(
         v_scale,
     )
     return result
-
-
-def merge_states(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ops.merge_states` of checked arguments."""
-    from fork_attn.kernels.merge_states import merge_states as merge
-
-    merged = out.new_empty(out.shape[1:])
-    merged_lse = lse.new_empty(lse.shape[1:])
-    merge(out.contiguous(), lse.contiguous(), merged, merged_lse)
-    return merged, merged_lse

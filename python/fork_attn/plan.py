@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -46,6 +47,10 @@ class Plan:
     page_size: int
     page_limit: int  # caches must have at least as many pages
     num_workers: int
+    # (n, 2) int32, or None: copies of query rows that the plan reads behind the rows themselves,
+    # each of a row, moved back by so many positions.
+    rotations: torch.Tensor | None = field(repr=False, default=None)
+    turns: dict[Any, Any] = field(repr=False, default_factory=dict)  # of rotations, by Rope
     # Set where page lists stay on the device; `buffer` then has none of its own.
     on_device: PlanOnDevice | None = field(default=None, repr=False)
 
@@ -158,8 +163,11 @@ def make_plan(
     on_device: PlanOnDevice | None = None,
 ) -> Plan:
     """A Plan of what the planner made."""
+    buffer = torch.frombuffer(data, dtype=torch.int64)
+    begin, count = data.rotations
+    words = (buffer if on_device is None else on_device.words)[begin : begin + count]
     return Plan(
-        torch.frombuffer(data, dtype=torch.int64),
+        buffer,
         data.counts,
         tuple(data.span_ns),
         data.cost_ns,
@@ -169,4 +177,5 @@ def make_plan(
         page_limit=data.page_limit,
         num_workers=num_workers,
         on_device=on_device,
+        rotations=words.view(torch.int32).view(count, 2) if count else None,
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fork_attn import _C, checks, ops
 from fork_attn.errors import PlanCapacityExceeded, Unsupported
-from fork_attn.kv_library import paged_argument, rows_argument
+from fork_attn.kv_library import DTYPE_CODES, paged_argument, rows_argument
 from fork_attn.plan import PlanShape, plan_data
 from fork_attn.staging import Layout, News, Staging
 
@@ -227,7 +227,8 @@ class PlanBuffers:
         rows = q.shape[0]
         if not self.num_tokens <= rows <= self.max_tokens:
             raise ValueError(f"q: expected {self.num_tokens} to {self.max_tokens} rows, got {rows}")
-        same = {"dtype": cache.dtype, "device": cache.device}
+        dtype = cache._storage.row_dtype(q)
+        same: dict[str, Any] = {"dtype": dtype, "device": cache.device}
         heads = (rows, layer.num_kv_heads)
         checks.tensor("q", q, shape=(rows, layer.num_q_heads, layer.head_dim), **same)
         checks.tensor("k", k, shape=(*heads, layer.head_dim), **same)
@@ -236,7 +237,7 @@ class PlanBuffers:
             softmax_scale, softcap, sinks, layer.num_q_heads, layer.head_dim, cache.device
         )
         k_cache, v_cache = cache.layer(layer_idx)
-        torch.ops.fork_attn.store_kv(k, v, k_cache, v_cache, self.slot_mapping[:rows])
+        cache._storage.store(layer, k, v, self.slot_mapping[:rows])
         if cache.backend == "cpu":
             return self._attend_cpu(layer, q, k_cache, v_cache, *options)
         return self._attend_triton(layer, q, k_cache, v_cache, *options)
@@ -260,8 +261,9 @@ class PlanBuffers:
             paged_argument(v_cache),
             rows_argument(out),
             lse.data_ptr(),
-            0 if sinks is None else sinks.data_ptr(),
-            ops._DTYPES[q.dtype],
+            *(0 if t is None else t.data_ptr() for t in (sinks, layer.k_scale, layer.v_scale)),
+            DTYPE_CODES[q.dtype],
+            DTYPE_CODES[k_cache.dtype],
             layer.num_q_heads,
             layer.num_kv_heads,
             layer.head_dim,
@@ -297,8 +299,8 @@ class PlanBuffers:
             scale,
             cap,
             sinks,
-            None,
-            None,
+            layer.k_scale,
+            layer.v_scale,
         )[0]
         return out
 

@@ -189,33 +189,58 @@ def run_slots(plan: PlanSections, run: Run, page_size: int) -> torch.Tensor:
     return plan.pages[run.page_begin + at // page_size].long() * page_size + at % page_size
 
 
-def expand_plan(buffer: torch.Tensor) -> torch.Tensor:
-    """The dense mask that a plan stands for.
+def output_rows(buffer: torch.Tensor) -> torch.Tensor:
+    """(num_tokens + num_rotations,) int64: the output row of each row of the query tensor."""
+    h = header(buffer)
+    return torch.cat([torch.arange(h.num_tokens), sections(buffer).rotations[:, 0].long()])
+
+
+def expand_queries(buffer: torch.Tensor) -> torch.Tensor:
+    """Which row of the query tensor, rotated copies included, sees which slot.
 
     Args:
         buffer: (words,) int64 on the CPU.
 
     Returns:
-        (num_tokens, page_limit * page_size) bool: which query row sees which slot, counted as
+        (num_tokens + num_rotations, page_limit * page_size) bool; slots count as
             `page * page_size + offset`.
 
     Raises:
-        ValueError: not a plan, or a row would see the same slot twice.
+        ValueError: not a plan, or an output row would see the same slot twice.
         TypeError: `buffer` is not int64.
     """
     h = header(buffer)
     plan = sections(buffer)
-    mask = torch.zeros(h.num_tokens, h.page_limit * h.page_size, dtype=torch.bool)
+    num_slots = h.page_limit * h.page_size
+    mask = torch.zeros(h.num_tokens + h.num_rotations, num_slots, dtype=torch.bool)
+    outputs = output_rows(buffer)
+    seen_by = torch.zeros(h.num_tokens, num_slots, dtype=torch.int32)
     for block, run_begin, run_end, _ in plan.items.tolist():
-        token_begin, num_tokens = plan.blocks[block].tolist()
-        rows = plan.tokens[token_begin : token_begin + num_tokens].long()
-        positions = plan.positions[token_begin : token_begin + num_tokens]
+        begin, count = plan.blocks[block].tolist()
+        q_rows = plan.q_rows[begin : begin + count].long()
+        positions = plan.positions[begin : begin + count]
         for index in range(run_begin, run_end):
             run = run_at(plan, index)
             slots = run_slots(plan, run, h.page_size)
             seen = run_visibility(plan, run, positions, h.window)
-            where = (rows[:, None], slots[None, :])
-            if bool((mask[where] & seen).any()):
+            # A query may stand in a block more than once, for different slots.
+            t, j = seen.nonzero(as_tuple=True)
+            mask[q_rows[t], slots[j]] = True
+            where = (outputs[q_rows][:, None].expand_as(seen), slots.expand_as(seen))
+            seen_by.index_put_(where, seen.int(), accumulate=True)
+            if bool((seen_by[where] > 1).any()):
                 raise ValueError(f"plan: run {index} shows a row a slot that it sees already")
-            mask[where] |= seen
     return mask
+
+
+def expand_plan(buffer: torch.Tensor) -> torch.Tensor:
+    """The dense mask that a plan stands for, by output rows.
+
+    Returns:
+        (num_tokens, page_limit * page_size) bool; see `expand_queries`, whose errors it raises.
+    """
+    mask, rows = expand_queries(buffer), output_rows(buffer)
+    result = mask[: header(buffer).num_tokens].clone()
+    for row, seen in zip(rows[len(result) :].tolist(), mask[len(result) :], strict=True):
+        result[row] |= seen
+    return result

@@ -14,7 +14,12 @@ from fork_attn.cache import ForkedKVCache
 from fork_attn.plan import Plan, build_plan
 from fork_attn.plan_format import PlanSections, header, run_at, sections
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+}
 MAX_BRANCHES = 2**16
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fork_attn.plan_format import expand_plan
+from fork_attn.plan_format import expand_queries, output_rows
+from fork_attn.rope import Rope
 
 
 def attention(
@@ -22,6 +23,7 @@ def attention(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query row over the keys that its row of the mask names.
@@ -34,6 +36,8 @@ def attention(
         softmax_scale: None means head_dim ** -0.5.
         softcap: scores become softcap * tanh(score / softcap), before the mask.
         sinks: (num_q_heads,) logits that join each row's softmax without a value.
+        rows: (T,) int64, the output row of each query row, where several queries are one row's, each
+            for other keys; None: one query a row.
         dtype: what everything is computed in; float64 for the oracle, another one for what PyTorch
             reaches in that precision.
 
@@ -51,17 +55,40 @@ def attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, -torch.inf)
+    num_rows = len(q) if rows is None else int(rows.max()) + 1
+    if rows is not None:
+        merged = scores.new_full((len(scores), num_rows, scores.shape[2]), -torch.inf)
+        for row, part in zip(rows.tolist(), scores.unbind(1), strict=True):
+            merged[:, row] = torch.maximum(merged[:, row], part)
+        scores = merged
     extra = 0 if sinks is None else 1
     if sinks is not None:
-        column = sinks.to(dtype)[:, None, None].expand(-1, len(q), 1)
+        column = sinks.to(dtype)[:, None, None].expand(-1, num_rows, 1)
         scores = torch.cat([scores, column], dim=-1)
     if scores.shape[-1] == 0:
-        lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype)
-        return torch.zeros((*q.shape[:2], v.shape[-1]), dtype=dtype), lse
+        shape = (num_rows, q.shape[1])
+        lse = torch.full(shape, -torch.inf, dtype=dtype)
+        return torch.zeros((*shape, v.shape[-1]), dtype=dtype), lse
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
     weights = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse))
     weights = weights[..., : weights.shape[-1] - extra]
     return torch.einsum("htn,nhd->thd", weights, values), lse[..., 0].T
+
+
+def rerotate(x: torch.Tensor, shift: int, rope: Rope, dtype: torch.dtype) -> torch.Tensor:
+    """Rotated vectors (..., dim) as they would be `shift` positions later, as complex numbers."""
+    pairs = len(rope.inv_freq)
+    if not pairs or not shift:
+        return x.to(dtype)
+    x = x.to(torch.float64)
+    turning = x[..., rope.start : rope.end]
+    split = turning.unflatten(-1, (pairs, 2) if rope.interleaved else (2, pairs))
+    axis = -1 if rope.interleaved else -2
+    angles = shift * torch.tensor(rope.inv_freq, dtype=torch.float64)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    z = torch.complex(split.select(axis, 0), split.select(axis, 1)) * turn
+    new = torch.stack([z.real, z.imag], axis).flatten(-2)
+    return torch.cat([x[..., : rope.start], new, x[..., rope.end :]], -1).to(dtype)
 
 
 def step_mask(
@@ -101,6 +128,11 @@ def step_mask(
     return mask
 
 
+def dequantised(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What (N, num_kv_heads, dim) of a cache stands for, in float64."""
+    return x.double() if scale is None else x.double() * scale.double()[:, None]
+
+
 def tree_attention_reference(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -116,12 +148,12 @@ def tree_attention_reference(
     """The "reference" backend: the plan expanded to a dense mask, then float64 attention.
 
     Args:
-        q: (T, num_q_heads, head_dim).
+        q: (T, num_q_heads, head_dim), and behind it the copies of the plan's rotations.
         k_cache: (num_pages, page_size, num_kv_heads, head_dim).
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v).
         plan: (words,) int64, a plan's buffer.
         softmax_scale, softcap, sinks: see `attention`.
-        k_scale, v_scale: (num_kv_heads,) factors of K and V.
+        k_scale, v_scale: (num_kv_heads,), what K and V are multiplied with; None means 1.
 
     Returns:
         (out, lse): (T, num_q_heads, head_dim_v) in the dtype of `q`, (T, num_q_heads) fp32.
@@ -129,19 +161,15 @@ def tree_attention_reference(
     Raises:
         ValueError, TypeError: `plan` is none.
     """
-    mask = expand_plan(plan)
-    k, v = (cache.flatten(0, 1)[: mask.shape[1]] for cache in (k_cache, v_cache))
-    if k_scale is not None:
-        k = k.double() * k_scale.double()[:, None]
-    if v_scale is not None:
-        v = v.double() * v_scale.double()[:, None]
+    mask = expand_queries(plan)
     out, lse = attention(
         q,
-        k,
-        v,
+        dequantised(k_cache.flatten(0, 1)[: mask.shape[1]], k_scale),
+        dequantised(v_cache.flatten(0, 1)[: mask.shape[1]], v_scale),
         mask,
         softmax_scale=softmax_scale,
         softcap=softcap,
         sinks=sinks,
+        rows=output_rows(plan) if len(mask) else None,
     )
     return out.to(q.dtype), lse.float()

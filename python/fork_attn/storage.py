@@ -10,6 +10,8 @@ import torch
 
 from fork_attn import checks, kv_library  # noqa: F401 - defines the ops
 from fork_attn.plan import PlanShape
+from fork_attn.quantise import E4M3, calibrate
+from fork_attn.rope import Rope, copy_shifted
 
 T = TypeVar("T")
 PerLayer = Union[T, Sequence[T]]  # noqa: UP007 - a generic alias must exist at run time
@@ -26,9 +28,14 @@ class Layer:
     head_dim: int
     head_dim_v: int
     window: int | None
+    rope: Rope | None = None  # None: not known
     # (num_pages, page_size, num_kv_heads, dim) views; in memory one head's page is contiguous.
     k_cache: torch.Tensor | None = None
     v_cache: torch.Tensor | None = None
+    # (num_kv_heads,) fp32 of an e4m3 layer; None until set or calibrated.
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    written: bool = False
 
     @property
     def group(self) -> int:
@@ -83,6 +90,19 @@ class KVStorage:
         widths = (x.num_kv_heads * (x.head_dim + x.head_dim_v) for x in self.layers)
         return self.page_size * self.dtype.itemsize * sum(widths)
 
+    def row_dtype(self, q: torch.Tensor) -> torch.dtype:
+        """What q, k and v have to be: the cache's dtype, or with an e4m3 cache that of q.
+
+        Raises:
+            TypeError: e4m3, and q is none of fp32, bf16 and fp16.
+        """
+        if self.dtype != E4M3:
+            return self.dtype
+        dtype = getattr(q, "dtype", None)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"q: expected dtype float32, bfloat16 or float16, got {dtype}")
+        return dtype
+
     def fit(self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Gives a layer its memory, in the shapes of its first q, k and v (T, heads, dim).
 
@@ -93,7 +113,7 @@ class KVStorage:
             return
         for name, value in (("q", q), ("k", k), ("v", v)):
             shape = ("T", "num_heads", "head_dim")
-            checks.tensor(name, value, shape=shape, dtype=self.dtype, device=self.device)
+            checks.tensor(name, value, shape=shape, dtype=self.row_dtype(q), device=self.device)
         group, rest = divmod(q.shape[1], k.shape[1])
         if rest or group != layer.group:
             raise ValueError(
@@ -103,6 +123,22 @@ class KVStorage:
         layer.num_q_heads, layer.num_kv_heads = q.shape[1], k.shape[1]
         layer.head_dim, layer.head_dim_v = k.shape[2], v.shape[2]
         self._allocate(layer)
+
+    def store(
+        self, layer: Layer, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Writes rows of K and V, checked, to their slots; the first write of an e4m3 layer whose
+        scales are not set sets them.
+
+        Raises:
+            ValueError: there are no scales yet, and k or v is not finite.
+        """
+        if self.dtype == E4M3 and layer.k_scale is None:
+            layer.k_scale, layer.v_scale = calibrate("k", k), calibrate("v", v)
+        layer.written = True
+        torch.ops.fork_attn.store_kv(
+            *(k, v, layer.k_cache, layer.v_cache, slot_mapping, layer.k_scale, layer.v_scale)
+        )
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole pages (from, to) in every layer (copy-on-write)."""
@@ -125,6 +161,14 @@ class KVStorage:
         self._streams.append(stream)
         for cache in self.caches():
             cache.record_stream(stream)
+
+    def copy_shifted(self, slots: Sequence[tuple[int, int, int]]) -> None:
+        """Copies slots (from, to, positions to move on) in every layer, keys turned."""
+        for layer in self.layers:
+            if layer.k_cache is None or layer.v_cache is None or self.device.type == "meta":
+                continue
+            assert layer.rope is not None
+            copy_shifted(layer.k_cache, layer.v_cache, slots, layer.rope)
 
     def _allocate(self, layer: Layer) -> None:
         layer.k_cache, layer.v_cache = (
@@ -154,6 +198,7 @@ def make_layers(
     head_dim: PerLayer[int],
     head_dim_v: PerLayer[int],
     sliding_window: PerLayer[int | None],
+    rope: PerLayer[Rope | None],
 ) -> list[Layer]:
     """The layers of a cache, checked. See `ForkedKVCache` for the arguments.
 
@@ -177,10 +222,11 @@ def make_layers(
         None if window is None else checks.integer("sliding_window", window, low=1)
         for window in checks.per_layer("sliding_window", sliding_window, num_layers)
     ]
+    ropes = checks.per_layer("rope", rope, num_layers)
     layers = [
-        Layer(i, q_heads, kv_heads, dim, dim_v, window)
-        for i, (q_heads, kv_heads, dim, dim_v, window) in enumerate(
-            zip(*columns, windows, strict=True)
+        Layer(i, q_heads, kv_heads, dim, dim_v, window, layer_rope)
+        for i, (q_heads, kv_heads, dim, dim_v, window, layer_rope) in enumerate(
+            zip(*columns, windows, ropes, strict=True)
         )
     ]
     for layer in layers:
@@ -188,5 +234,14 @@ def make_layers(
             raise ValueError(
                 f"num_q_heads: expected a multiple of num_kv_heads {layer.num_kv_heads}, "
                 f"got {layer.num_q_heads}"
+            )
+        if layer.rope is None:
+            continue
+        if not isinstance(layer.rope, Rope):
+            raise TypeError(f"rope: expected Rope or None, got {type(layer.rope).__name__}")
+        if layer.rope.end > layer.head_dim:
+            raise ValueError(
+                f"rope: expected at most head_dim {layer.head_dim} dimensions, got one that turns "
+                f"[{layer.rope.start}, {layer.rope.end})"
             )
     return layers

@@ -159,7 +159,7 @@ class Walk {
       want = unless(position >= 0 && position <= kMaxLength);
     }
     w_.expect(
-        "join", want, [&] { w_.core.join(parent, all, mode, given); },
+        "join", want, [&] { w_.core.join(parent, all, {mode, given}); },
         [&] { w_.model.join(parent, all, mode, given); });
   }
 
@@ -231,7 +231,7 @@ class Walk {
     w_.expect("free", want, [&] { w_.core.free(list); }, nothing);
     w_.expect("step", want, [&] { w_.core.open_step(request); }, nothing);
     const Handle live = any_branch();
-    w_.expect("join", want, [&] { w_.core.join(live, list, JoinPosition::kMax); }, nothing);
+    w_.expect("join", want, [&] { w_.core.join(live, list, {JoinPosition::kMax}); }, nothing);
     w_.expect("select", want, [&] { w_.core.select(live, h); }, nothing);
   }
 
@@ -298,7 +298,7 @@ class Walk {
     refuse([&] { w_.core.new_branch(); });
     refuse([&] { w_.core.fork(h, 1); });
     refuse([&] { w_.core.fork_at(h, 0); });
-    refuse([&] { w_.core.join(h, list, JoinPosition::kMax); });
+    refuse([&] { w_.core.join(h, list, {JoinPosition::kMax}); });
     refuse([&] { w_.core.select(h, h); });
     refuse([&] { w_.core.reorder(list, zero); });
     refuse([&] { w_.core.crop(h, 0); });

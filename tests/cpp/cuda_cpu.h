@@ -1,10 +1,10 @@
-// Device code on the CPU, for tests: a .cu file compiled as C++ with FORK_ATTN_EMULATE and this header
-// included first. Threads of a block are fibres that run until a barrier, in an order that changes from
-// block to block; blocks run one after another. Shared memory begins as 0xff bytes (NaN) and is as
-// large as the launch asked for, so that AddressSanitizer sees an overrun.
+// Device code on the CPU, for tests: a .cu file compiled as C++ with FORK_ATTN_EMULATE and this
+// header included first. Threads of a block are fibres that run until a barrier, in an order that
+// changes from block to block; blocks run one after another. Shared memory begins as 0xff bytes
+// (NaN) and is as large as the launch asked for, so that AddressSanitizer sees an overrun.
 //
-// There is no inline PTX, no cp.async, no tensor core. Races between barriers are not detected, but the
-// changing order makes many of them visible.
+// There is no inline PTX, no cp.async, no tensor core. Races between barriers are not detected, but
+// the changing order makes many of them visible.
 #pragma once
 
 #include <ucontext.h>

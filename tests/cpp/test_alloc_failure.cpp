@@ -112,7 +112,7 @@ void scripted(TailPolicy tail, std::map<std::string, int64_t>& failures) {
       [&] { w.model.reorder(two, swapped); });
   const std::vector<Handle> joined{kids[1], kids[2]};
   w.expect(
-      "join", none, [&] { w.core.join(kids[0], joined, JoinPosition::kSum); },
+      "join", none, [&] { w.core.join(kids[0], joined, {JoinPosition::kSum}); },
       [&] { w.model.join(kids[0], joined, JoinPosition::kSum, 0); });
   w.compare();
   w.expect(

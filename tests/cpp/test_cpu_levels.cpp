@@ -168,7 +168,7 @@ TreeAttentionParams make_params(const std::vector<int64_t>& plan, Data<T>& data,
   p.v_cache = paged(data.v, dims.dim_v);
   p.out = rows(data.out, dims.dim_v);
   p.lse = data.lse.data();
-  p.dtype = dtype;
+  p.dtype = p.kv_dtype = dtype;
   p.num_q_heads = heads;
   p.num_kv_heads = kNumKvHeads;
   p.head_dim = dims.dim;

@@ -21,8 +21,7 @@ using namespace fork_attn::cpu;
 using Bytes = std::vector<unsigned char>;
 
 constexpr cuda::Stream kStream{0, nullptr};
-constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16,
-                            DType::kFloat8E4M3};
+constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat8E4M3};
 
 std::mt19937_64 rng;
 std::string scene;
@@ -280,8 +279,8 @@ void test_move_slots() {
     const int32_t heads = 1 + static_cast<int32_t>(below(3));
     const int32_t row = width * (1 + static_cast<int32_t>(below(count > 20 ? 200 : 9)));
     caches.push_back(random_bytes(int64_t{num_pages} * page_size * heads * row));
-    spans.push_back({nullptr, int64_t{page_size} * heads * row, row, int64_t{page_size} * row,
-                     heads, row});
+    spans.push_back(
+        {nullptr, int64_t{page_size} * heads * row, row, int64_t{page_size} * row, heads, row});
   }
   others = caches;
   other_spans = spans;
@@ -337,10 +336,10 @@ int main(int argc, char** argv) {
   rng.seed(seed);
   for (int round = 0; round < 25; ++round) {
     for (DType type : kTypes) {
-      test_store(type, type);
       test_gather(type, type);
       test_shift(type);
       if (type == DType::kFloat8E4M3) continue;
+      test_store(type, type);
       test_store(DType::kFloat8E4M3, type);
       test_gather(DType::kFloat8E4M3, type);
     }

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 
 import fork_attn as fa
-from fork_attn.kernels.merge_states import merge_states as merge_states_triton
-from fork_attn.testing.tolerance import assert_close_to_oracle
 
 HEADS, KV_HEADS, DIM, DIM_V = 6, 2, 16, 8
 FP8 = torch.float8_e4m3fn
@@ -85,38 +82,10 @@ def test_opcheck(open_step: Any) -> None:
 
 
 def test_what_the_kernel_cannot_do_is_refused_by_name(open_step: Any) -> None:
-    cache, step, _ = open_step
+    _, step, _ = open_step
     odd = torch.randn(6, HEADS, 12)
     k_cache, v_cache = (torch.zeros(32, 4, KV_HEADS, 12) for _ in range(2))
-    with pytest.raises(fa.Unsupported, match=r"head_dim: backend 'triton' expected a multiple of 8"):
+    with pytest.raises(
+        fa.Unsupported, match=r"head_dim: backend 'triton' expected a multiple of 8"
+    ):
         fa.tree_attention(odd, k_cache, v_cache, step.plan, backend="triton")
-    with pytest.raises(ValueError, match=r"k_scale: expected shape \(2\)|k_scale: expected shape"):
-        fa.tree_attention(odd, k_cache, v_cache, step.plan, k_scale=torch.ones(3))
-    q8, caches = torch.randn(6, HEADS, DIM).bfloat16(), tuple(x.to(FP8) for x in cache.layer(0))
-    with pytest.raises(fa.Unsupported, match="backend 'cpu'"):
-        fa.tree_attention(q8, *caches, step.plan, backend="cpu")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_merge_states(dtype: torch.dtype) -> None:
-    scores = torch.randn(7, 3, 40, dtype=torch.float64)
-    values = torch.randn(40, 24, dtype=torch.float64)
-    parts = [slice(0, 1), slice(1, 23), slice(23, 40), slice(40, 40)]
-    lse = torch.stack([scores[..., s].logsumexp(-1) for s in parts]).float()
-    exact = [scores[..., s].softmax(-1) @ values[s] for s in parts]
-    out = torch.stack(exact).to(dtype)
-    out[3] = math.nan  # an empty state's output has no meaning
-    lse[:, 2] = -math.inf
-    merged, merged_lse = torch.empty(7, 3, 24, dtype=dtype), torch.empty(7, 3)
-    merge_states_triton(out, lse, merged, merged_lse)
-    keep = torch.arange(7) != 2
-    oracle = (scores.softmax(-1) @ values)[keep]
-    rounded = sum(
-        (torch.exp(lse[i].double() - scores.logsumexp(-1))[..., None] * out[i].double())[keep]
-        for i in range(3)
-    )
-    assert_close_to_oracle(merged[keep], oracle, rounded.to(dtype))  # type: ignore[union-attr]
-    torch.testing.assert_close(
-        merged_lse[keep].double(), scores.logsumexp(-1)[keep], rtol=0, atol=1e-5
-    )
-    assert merged[2].eq(0).all() and merged_lse[2].eq(-torch.inf).all()

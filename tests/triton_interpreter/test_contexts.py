@@ -1,4 +1,4 @@
-"""Tree attention on the planner's plans of random contexts, against who sees what by brute force."""
+"""Tree attention on plans of random contexts, against who sees what by brute force."""
 
 from __future__ import annotations
 
@@ -60,8 +60,13 @@ def test_random_contexts(seed: int) -> None:
     context_case(rng, plan, case.seen, case.cache.page_size, dtype).check()
 
 
-def grow(levels: list[tuple[int, int]], *, window: int | None = None, draft: list[int] | None = None,
-         page_size: int = 4) -> tuple[Plan, torch.Tensor, int]:  # fmt: skip
+def grow(
+    levels: list[tuple[int, int]],
+    *,
+    window: int | None = None,
+    draft: list[int] | None = None,
+    page_size: int = 4,
+) -> tuple[Plan, torch.Tensor, int]:
     """A tree, `fan` children a node with `length` tokens each a level; the leaves add one token, or
     a draft. Its plan for sm_90, who sees what, and the page size."""
     world = World(random.Random(0))

@@ -22,7 +22,7 @@ class Link:
         num_layers: number of attention layers.
         sliding_windows: per layer the window in tokens, or None.
         kv_dtype: the dtype of stored keys and values.
-        cast: True if kv_dtype was asked for and is not the model's own dtype.
+        cast: True if kv_dtype was asked for, and attention runs in it instead of the model's own.
         vocab_size: number of token ids.
         keeps_logits: True if the model's forward takes `logits_to_keep`.
     """

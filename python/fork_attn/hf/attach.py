@@ -57,7 +57,8 @@ def attach(
         tail: what a write after a fork in mid-page does with the shared tail page, see
             `ForkedKVCache`.
         dtype: dtype of the stored keys and values, in which attention then runs; the model's own if
-            None.
+            None. float8_e4m3fn stores them in half the bytes of bf16, and attention runs in the
+            model's own dtype: see `ForkedKVCache.set_scales`.
         backend: the attention backend, see `ForkedKVCache`.
 
     Returns:
@@ -99,7 +100,7 @@ def attach(
         num_layers=shapes.num_layers,
         sliding_windows=tuple(shapes.sliding_window),
         kv_dtype=kv_dtype,
-        cast=kv_dtype != model.dtype,
+        cast=kv_dtype not in (model.dtype, torch.float8_e4m3fn),
         vocab_size=text_config.vocab_size,
         keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
     )

@@ -32,6 +32,7 @@ class Compiled:
     shared: int  # bytes per program
     instructions: int
     spills: int  # local loads and stores
+    hot_spills: int  # of these, in basic blocks with products: the inner loops
     hgmma: int  # warpgroup products
     hmma: int  # warp products of 16-bit elements
     tcgen05: int
@@ -87,6 +88,7 @@ def compile_kernel(
         shared=result.metadata.shared,
         instructions=len(operations),
         spills=count("LDL|STL"),
+        hot_spills=_hot_spills(sass),
         hgmma=count("HGMMA"),
         hmma=count("HMMA"),
         tcgen05=count(r"UTC.*MMA"),
@@ -95,6 +97,16 @@ def compile_kernel(
         atomics=count("ATOM"),
         ptx=result.asm["ptx"],
     )
+
+
+def _hot_spills(sass: str) -> int:
+    total = 0
+    for block in re.split(r"^\.L_x_\d+:", sass, flags=re.MULTILINE):
+        operations = _OPERATION.findall(block)
+        products = sum(bool(re.match(r"HG?MMA|UTC.*MMA", x)) for x in operations)
+        if products or operations.count("FFMA") > 500:
+            total += sum(bool(re.match("LDL|STL", x)) for x in operations)
+    return total
 
 
 def _run(tool: str, *arguments: object) -> str:

@@ -166,8 +166,10 @@ def install() -> None:
         return
     _installed.append(True)
     cast = _exact_cast(_Builder.cast_impl)
-    for name in ("cast_impl", "create_fp_to_fp", "create_si_to_fp", "create_ui_to_fp",
-                 "create_fp_to_si", "create_fp_to_ui", "create_fp_ext", "create_fp_trunc"):  # fmt: skip
+    for name in (
+        "cast_impl", "create_fp_to_fp", "create_si_to_fp", "create_ui_to_fp", "create_fp_to_si",
+        "create_fp_to_ui", "create_fp_ext", "create_fp_trunc",
+    ):  # fmt: skip
         setattr(_Builder, name, cast)
     _Builder.create_dot = _exact_dot(_Builder.create_dot)
     for name in ("create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_maximumf",
