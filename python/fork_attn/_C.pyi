@@ -23,6 +23,7 @@ class PlanData:
     @property
     def num_partial_rows(self) -> int: ...
     def copy_to(self, words: int, /) -> None: ...
+    @property
     def rotations(self) -> tuple[int, int]:
         """First word and number of the plan's rotations, one word each."""
     @property

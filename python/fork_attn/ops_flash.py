@@ -3,7 +3,7 @@ context (FlashAttention-2, arXiv 2307.08691; FlashAttention-3, arXiv 2407.08608)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -58,11 +58,17 @@ class Tables:
 
     def to(self, device: torch.device) -> Tables:
         """On a device, without waiting for it."""
-        tensors = (self.page_table, self.cu_seqlens_q, self.cu_seqlens_k, self.seqlens_k)
-        if device.type == "cuda":
-            tensors = tuple(t.pin_memory() for t in tensors)  # type: ignore[assignment]
-        sent = (t.to(device, non_blocking=True) for t in tensors)
-        return Tables(*sent, self.max_seqlen_q, self.max_seqlen_k, self.consecutive)
+
+        def sent(t: Tensor) -> Tensor:
+            return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+
+        return replace(
+            self,
+            page_table=sent(self.page_table),
+            cu_seqlens_q=sent(self.cu_seqlens_q),
+            cu_seqlens_k=sent(self.cu_seqlens_k),
+            seqlens_k=sent(self.seqlens_k),
+        )
 
 
 def step_tables(

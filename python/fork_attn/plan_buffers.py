@@ -186,7 +186,8 @@ class PlanBuffers:
         ids.zero_()
         if input_ids is not None:
             ids[: len(input_ids)] = torch.tensor(input_ids)
-        core.fill_padded_step(*(at + part.start for part in self._parts[1:]), width)
+        positions, slots, last = (at + part.start for part in self._parts[1:])
+        core.fill_padded_step(positions, slots, last, width)
         data[0].copy_to(at + self._plan_at.start)
         num_moved = news.fill(core, host)
         self._staging.send(num_bytes, self._block)
@@ -253,6 +254,7 @@ class PlanBuffers:
         sinks: Tensor | None,
     ) -> Tensor:
         out = q.new_zeros((*q.shape[:2], layer.head_dim_v))
+        k_scale, v_scale = layer.k_scale, layer.v_scale
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         _C.tree_attention_cpu(
             self._plans[_kind(layer)].data_ptr(),
@@ -261,7 +263,9 @@ class PlanBuffers:
             paged_argument(v_cache),
             rows_argument(out),
             lse.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in (sinks, layer.k_scale, layer.v_scale)),
+            0 if sinks is None else sinks.data_ptr(),
+            0 if k_scale is None else k_scale.data_ptr(),
+            0 if v_scale is None else v_scale.data_ptr(),
             DTYPE_CODES[q.dtype],
             DTYPE_CODES[k_cache.dtype],
             layer.num_q_heads,
