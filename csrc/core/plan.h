@@ -16,7 +16,8 @@
 // windows
 // * items[num_items], PlanItem: a row block and consecutive runs
 // * runs[num_runs], PlanRun: slots, and which of the block's tokens see them
-// * pages[num_pages], int32: physical pages; a run indexes into this list
+// * pages[num_pages], int32: physical pages; a run indexes into this list. A plan whose page lists
+//   stay on the device (num_pages = 0) comes with them as an array of its own
 // * words[num_words], uint64: per-slot visibility words of kPerSlot and kGather runs
 // * gather[num_gather], int32: slots (page * page_size + offset) of kGather runs, one by one
 // * spans[num_spans + 1], int32: first item of each span, and the end; spans are predicted to take

@@ -20,6 +20,7 @@ struct PlanRequest {
   const TargetCosts* target;
   int32_t workers;
   bool batch_invariant = false;
+  bool resident = false;  // runs index the arena of page lists (page_arena.h), not the plan's own
 };
 
 // Exact counts; multiply slots by the bytes of one slot's K and V over all KV heads.
@@ -110,6 +111,7 @@ class Planner {
   int32_t source_of_row(int32_t row);
   void lay_out_pages();
   void add_block_tokens();
+  void place_lists();
   void append_pages(const PageSource& source, std::vector<int32_t>& out) const;
   int32_t position(const Token& token) const;
   // planner_tiles.cpp

@@ -289,7 +289,9 @@ void Planner::serialise(PlanData& out) const {
   h.num_block_tokens = static_cast<int32_t>(tokens_.size());
   h.num_items = static_cast<int32_t>(items_.size());
   h.num_runs = static_cast<int32_t>(runs_.size());
-  for (const PageSource& source : sources_) h.num_pages += std::max(0, source.end - source.first);
+  if (!request_.resident) {
+    for (const PageSource& source : sources_) h.num_pages += std::max(0, source.end - source.first);
+  }
   h.num_words = static_cast<int32_t>(words_.size());
   h.num_partial_rows = static_cast<int32_t>(counts_.num_partial_rows);
   h.num_merge_rows = static_cast<int32_t>(merge_rows_.size());
@@ -303,7 +305,9 @@ void Planner::serialise(PlanData& out) const {
 
   std::vector<int32_t> pages;
   pages.reserve(h.num_pages);
-  for (const PageSource& source : sources_) append_pages(source, pages);
+  if (!request_.resident) {
+    for (const PageSource& source : sources_) append_pages(source, pages);
+  }
   const std::size_t bytes = blocks_.size() * sizeof(PlanBlock) + items_.size() * sizeof(PlanItem) +
                             runs_.size() * sizeof(PlanRun) + words_.size() * sizeof(uint64_t) +
                             (tokens_.size() + positions_.size() + pages.size() + spans_.size() +

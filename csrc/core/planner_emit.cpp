@@ -61,6 +61,7 @@ int32_t Planner::source_of_row(int32_t r) {
 
 // Now that it is known which pages runs name: where they are in the plan.
 void Planner::lay_out_pages() {
+  if (request_.resident) return place_lists();
   int32_t next = 0;
   for (PageSource& source : sources_) {
     source.begin = next;
@@ -70,6 +71,30 @@ void Planner::lay_out_pages() {
     if ((runs_[i].kind & kGather) != 0) continue;
     const PageSource& source = sources_[source_of_run_[i]];
     runs_[i].page_begin += source.begin - source.first;
+  }
+}
+
+// Runs index the arena; the device is told of list entries that it does not have yet.
+void Planner::place_lists() {
+  PageArena& arena = core_->store().arena;
+  const Step& step = core_->step();
+  arena.begin_step(step.serial);
+  for (PageSource& source : sources_) {
+    if (source.end <= source.first) continue;
+    const Segment* segment =
+        source.segment == kNone ? nullptr : &core_->store().segments[source.segment];
+    const StepRow* row = source.row < 0 ? nullptr : &step.rows[source.row];
+    ArenaPlace& place = segment != nullptr ? segment->place : row->place;
+    const auto held = segment == nullptr ? 0 : static_cast<int32_t>(segment->pages.size());
+    const int32_t count = held + (row == nullptr ? 0 : row->pages_end - row->pages_begin);
+    arena.fit(place, count);
+    arena.tell(place, count, [&](int32_t i) {
+      return i < held ? segment->pages[i] : step.pages[row->pages_begin + i - held];
+    });
+    source.begin = place.begin;
+  }
+  for (std::size_t i = 0; i < runs_.size(); ++i) {
+    if ((runs_[i].kind & kGather) == 0) runs_[i].page_begin += sources_[source_of_run_[i]].begin;
   }
 }
 

@@ -24,8 +24,9 @@ struct RowTensor {
 };
 
 struct TreeAttentionParams {
-  const int64_t* plan;  // see core/plan.h
-  RowTensor q;          // (T, num_q_heads, head_dim), dtype
+  const int64_t* plan;   // see core/plan.h
+  const int32_t* pages;  // what runs index, where that is not in the plan; else null
+  RowTensor q;           // (T, num_q_heads, head_dim), dtype
   PagedTensor k_cache;
   PagedTensor v_cache;
   RowTensor out;         // (T, num_q_heads, head_dim_v), dtype

@@ -17,6 +17,7 @@ int64_t num_slots(const PlanView& plan, const PlanItem& item) {
 
 TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, int kv_head)
     : plan_(params.plan),
+      pages_(params.pages != nullptr ? params.pages : plan_.pages()),
       k_(params.k_cache),
       v_(params.v_cache),
       element_size_(element_size(params.kv_dtype)),
@@ -80,8 +81,7 @@ bool TileReader::next(Tile& tile) {
     if (tile.count == 0) tile.chunk = run.chunk;
     const bool gathered = (run.kind & kGather) != 0;
     if (gathered) enter_run();
-    const int64_t page =
-        gathered ? plan_.gather()[page_index_] / page_size : plan_.pages()[page_index_];
+    const int64_t page = gathered ? plan_.gather()[page_index_] / page_size : pages_[page_index_];
     const char* k = static_cast<const char*>(k_.data) +
                     (page * k_.page_stride + offset_ * k_.slot_stride + head_k_) * element_size_;
     const char* v = static_cast<const char*>(v_.data) +

@@ -35,6 +35,7 @@ class TileReader {
   uint64_t visibility(const PlanRun& run, int64_t j) const;
 
   PlanView plan_;
+  const int32_t* pages_;  // that runs index
   PagedTensor k_, v_;
   int64_t element_size_;
   int64_t head_k_, head_v_;  // element offset of the KV head
