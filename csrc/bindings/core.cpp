@@ -314,10 +314,11 @@ void bind_step(py::class_<PyCore>& c) {
                                        {num_kv_heads, group, head_dim, head_dim_v, itemsize},
                                        &costs,
                                        workers,
+                                       batch_invariant,
                                        resident});
           },
           py::arg("window"), py::arg("shape"), py::arg("target"), py::arg("workers"),
-          py::arg("resident") = false);
+          py::arg("batch_invariant") = false, py::arg("resident") = false);
 }
 
 // News of the page lists for the device: how many entries and moves, and the arrays themselves,
