@@ -116,7 +116,7 @@ build/stage:
 
 # The interpreter is not instrumented, so ASan comes first by preload; libstdc++ with it, or the
 # first C++ exception aborts. Python itself leaks by design.
-SANITIZED_TESTS := tests/test_state_machine.py tests/test_planner.py tests/test_cpu_kernels.py \
+SANITIZED_TESTS := tests/test_batch_invariant.py tests/test_state_machine.py tests/test_planner.py tests/test_cpu_kernels.py \
 	tests/test_merge_states.py tests/test_kv_ops.py tests/test_fp8.py tests/test_ops.py
 ASAN := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/sanitized/report \

@@ -50,6 +50,9 @@ class CachePair:
         self.table = table or KVTable(m)
         self.results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._next_identity = 0
+        self.wait = False  # steps wait for other streams
+        # What other streams still read: bytes of pending pages, per layer and K or V.
+        self._in_flight: dict[tuple[int, int], list[torch.Tensor]] = {}
         self.poison(torch.ones(num_pages, page_size, dtype=torch.bool))
 
     # -- looking
@@ -125,14 +128,31 @@ class CachePair:
     def _check_stats(self, readers: dict[int, int]) -> None:
         stats = self.cache.stats()
         assert stats.pages_live == len(readers)
-        assert stats.pages_free == stats.pages_total - len(readers)
+        pending = self.cache._core.pending_pages()
+        pages = {page for page, _ in pending}
+        assert len(pages) == len(pending) == stats.pages_pending
+        assert not pages & set(readers)
+        assert stats.pages_free == stats.pages_total - len(readers) - len(pending)
         assert stats.pages_shared == sum(count > 1 for count in readers.values())
-        assert (stats.branches, stats.pages_pending) == (len(self.ids), 0)
+        assert stats.branches == len(self.ids)
+        self._check_in_flight(pending)
+
+    def _check_in_flight(self, pending: list[tuple[int, int]]) -> None:
+        layers = range(len(self.model.windows))
+        for key in pending:
+            stored = [c[key[0]] for layer in layers for c in self.cache.layer(layer)]
+            bits = [x.clone(memory_format=torch.contiguous_format) for x in stored]
+            bits = [x.view(BIT_TYPES[self.model.dtype]) for x in bits]
+            before = self._in_flight.setdefault(key, bits)
+            assert all(map(torch.equal, bits, before)), "a pending page was written"
+        self._in_flight = {key: self._in_flight[key] for key in pending}
 
     def _check_bytes(self, tokens: list[Token], at: torch.Tensor) -> None:
         size, bits = self.cache.page_size, BIT_TYPES[self.model.dtype]
         unseen = torch.ones(self.cache.num_pages * size, dtype=torch.bool)
         unseen[at] = False
+        for page, _ in self.cache._core.pending_pages():
+            unseen.view(-1, size)[page] = False
         copied = torch.tensor([t.copied for t in tokens], dtype=torch.bool)
         for layer in range(len(self.model.windows)):
             wanted = self.table.kv(layer, [t.identity for t in tokens])
@@ -344,9 +364,11 @@ class CachePair:
         """Opens a step."""
         before = self.digest()
         try:
-            return self.cache.step(counts)
+            return self.cache.step(counts, wait=self.wait)
         except ForkAttnError as e:
             assert self.digest() == before
             if isinstance(e, OutOfPages):
-                assert e.needed > e.free == self.cache.stats().pages_free and e.pending == 0
+                stats = self.cache.stats()
+                assert e.needed > e.free == stats.pages_free and e.pending == stats.pages_pending
+                assert not self.wait or e.needed > e.free + e.pending
             raise

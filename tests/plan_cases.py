@@ -13,7 +13,6 @@ from fork_attn.plan_format import (
     GATHER,
     PER_SLOT,
     WINDOW,
-    expand_plan,
     expand_queries,
     header,
     output_rows,
@@ -117,23 +116,30 @@ def make_case(shape: Shape, plan: torch.Tensor, *, heads_inside: bool = True) ->
     k = paged_tensor(h.page_limit + 1, shape, shape.head_dim, heads_inside=heads_inside)
     v = paged_tensor(h.page_limit + 1, shape, shape.head_dim_v, heads_inside=heads_inside)
     hidden = torch.ones((h.page_limit + 1) * shape.page_size, dtype=torch.bool)
-    hidden[: h.page_limit * shape.page_size] = ~expand_plan(plan).any(0)
+    hidden[: h.page_limit * shape.page_size] = ~expand_queries(plan).any(0)
     for cache in (k, v):
         cache[hidden.view(-1, shape.page_size)] = NAN
     return Case(shape, plan, q, k, v, scale=shape.head_dim**-0.5)
 
 
 class RandomPlan:
-    """Row blocks with runs of all kinds, each run on pages of its own."""
+    """Row blocks with runs of all kinds, each run on pages of its own; with `rotate` at times over
+    rotated copies of queries, too."""
 
     def __init__(
-        self, rng: random.Random, shape: Shape, *, num_tokens: int, max_slots: int
+        self,
+        rng: random.Random,
+        shape: Shape,
+        *,
+        num_tokens: int,
+        max_slots: int,
+        rotate: bool = False,
     ) -> None:
         self.rng, self.shape, self.num_tokens, self.max_slots = rng, shape, num_tokens, max_slots
         self.window = rng.choice([0, 1, 7, 40])
         self.next_page = rng.randrange(3)
         self.rotations: list[tuple[int, int]] = []
-        if rng.random() < 0.4:
+        if rotate and rng.random() < 0.4:
             count = rng.randint(1, num_tokens + 3)
             self.rotations = [
                 (rng.randrange(num_tokens), rng.choice([-9, 5])) for _ in range(count)
@@ -154,16 +160,23 @@ class RandomPlan:
     def block(self) -> BlockSpec:
         outputs = [*range(self.num_tokens), *(row for row, _ in self.rotations)]
         count = self.rng.randint(1, min(64, len(outputs)))
-        q_rows = self.rng.sample(range(len(outputs)), count)
-        rows = [outputs[q] for q in q_rows]
+        # One query a row: two would see the same slots of a run, and a row sees a slot once.
+        chosen = {outputs[q]: q for q in self.rng.sample(range(len(outputs)), count)}
+        rows, q_rows = list(chosen), list(chosen.values())
+        count = len(rows)
         positions = [self.rng.randrange(60) for _ in rows]
         items = [
-            [self.run(count) for _ in range(self.rng.randint(0, 4))]
+            [self.run(count, self.one_query_each(rows)) for _ in range(self.rng.randint(0, 4))]
             for _ in range(self.rng.randint(1, 2))
         ]
         return BlockSpec(rows, positions, items, q_rows if self.rotations else None)
 
-    def run(self, num_tokens: int) -> RunSpec:
+    def one_query_each(self, rows: list[int]) -> int:
+        """A mask of tokens: of a row that stands in the block several times, one."""
+        last = {row: t for t, row in self.rng.sample(list(enumerate(rows)), len(rows))}
+        return sum(1 << t for t in last.values())
+
+    def run(self, num_tokens: int, allowed: int) -> RunSpec:
         rng, page_size = self.rng, self.shape.page_size
         first_slot = rng.randrange(page_size)
         num_slots = rng.randint(1, self.max_slots)
@@ -182,7 +195,7 @@ class RandomPlan:
             num_slots,
             first_slot,
             first_position=rng.randrange(60),
-            mask=rng.choice([0, ALL_TOKENS, ALL_TOKENS, ALL_TOKENS, rng.getrandbits(64)]),
+            mask=allowed & rng.choice([0, ALL_TOKENS, ALL_TOKENS, ALL_TOKENS, rng.getrandbits(64)]),
             kind=kind,
             diag=rng.randint(-num_tokens - 2, num_slots + 2),
             words=words if kind & (PER_SLOT | GATHER) else (),

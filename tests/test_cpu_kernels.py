@@ -28,7 +28,8 @@ def test_random_plans(seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
     shape = random_shape(rng, dtype)
     num_tokens = rng.choice([1, 2, 5, 30, 100])
-    plan = RandomPlan(rng, shape, num_tokens=num_tokens, max_slots=rng.choice([3, 90, 300])).build()
+    most = rng.choice([3, 90, 300])
+    plan = RandomPlan(rng, shape, num_tokens=num_tokens, max_slots=most, rotate=True).build()
     case = make_case(shape, plan, heads_inside=rng.random() < 0.5)
     case.softcap = rng.choice([None, None, 2.0, 30.0])
     if rng.random() < 0.3:

@@ -1,27 +1,33 @@
-"""The demo on a tiny random model: threads, trace, stock baselines, picture, what the user sees."""
+"""The demo on a tiny random model: its protocol, stock baselines, what the user sees."""
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import fork_attn.hf as hf
-from fork_attn import demo
-from fork_attn.demo import baseline, facts, main, picture, picture_text, trace
+from fork_attn import demo, reason
+from fork_attn.demo import baseline, facts, main
 from fork_attn.demo.compare import METHODS, compare
 from fork_attn.demo.decode import Ending, Sampling, Written
 from fork_attn.demo.progress import Reporter
 from fork_attn.demo.session import Session
-from fork_attn.demo.threads import Script, think, write_script
+from fork_attn.demo.threads import Aspects, Script, write_script
+from fork_attn.reason import Trace, text_width, trace_picture
 
 ROOT = Path(__file__).resolve().parent.parent
 OPENINGS = ("One", "The second", "A third, longer opening", "4")
@@ -70,11 +76,12 @@ def make_session(model: LlamaForCausalLM) -> Session:
     return Session("tiny", model, make_tokenizer(), hf.attach(model, num_pages=128))
 
 
-def make_trace(sampling: Sampling | None = None) -> trace.Trace:
-    session, script = make_session(make_model()), make_script()
-    root = session.cache.new_branch()
-    session.forward({root: script.prompt_ids})
-    return think(session, root, script, sampling or Sampling())
+def make_trace(**options: object) -> Trace:
+    model = make_model()
+    hf.attach(model, num_pages=128)
+    return reason.generate(
+        model, make_tokenizer(), "Why?", protocol=Aspects(make_script()), **options
+    )
 
 
 def make_args(out: Path, *options: str) -> argparse.Namespace:
@@ -83,64 +90,27 @@ def make_args(out: Path, *options: str) -> argparse.Namespace:
     return parser.parse_args(["--out", str(out), *options])
 
 
-@pytest.fixture(scope="module")
-def tiny_trace() -> trace.Trace:
-    return make_trace()
+# --- the protocol
 
 
-# --- the threads and their trace
-
-
-def test_trace_says_who_wrote_what_where(tiny_trace: trace.Trace) -> None:
-    prompt, end = tiny_trace.prompt, tiny_trace.conclusion
-    assert [node.label for node in tiny_trace.threads] == list(OPENINGS)
-    assert all(node.parents == (0,) and node.position == prompt.end for node in tiny_trace.threads)
-    assert end.parents == (0, 1, 2, 3, 4)
-    assert end.position == max(node.end for node in tiny_trace.threads)
-    for node in tiny_trace.nodes:
-        assert sum(count for _, count in node.pages) == len(node.token_ids)
-        assert node.steps[0] <= node.steps[1]
-        assert node.text.startswith("\nSo" if node is end else node.label)
-    lengths = [len(node.token_ids) for node in tiny_trace.threads]
-    assert tiny_trace.total_tokens == sum(lengths) + len(end.token_ids)
-    assert tiny_trace.critical_path_tokens == max(lengths) + len(end.token_ids)
-    assert tiny_trace.pages_stored < tiny_trace.pages_with_copies
-
-
-def test_trace_holds_the_tokens_of_a_plain_forward(tiny_trace: trace.Trace) -> None:
-    model = make_model()
-    for node in tiny_trace.threads:
-        ids = torch.tensor([[*tiny_trace.prompt.token_ids, *node.token_ids]])
+def test_threads_are_those_of_a_plain_forward() -> None:
+    greedy = GenerationConfig(do_sample=False)
+    trace, model = make_trace(sampling=greedy), make_model()
+    threads, end = trace.threads[1:-1], trace.threads[-1]
+    assert [thread.label for thread in threads] == list(OPENINGS)
+    assert end.parents == (0, 1, 2, 3, 4) and end.text.startswith("\nSo")
+    prompt = list(trace.prompt_ids)
+    for thread in threads:
         with torch.no_grad():
-            expected = model(ids).logits[0].argmax(dim=-1).tolist()
-        start = len(tiny_trace.prompt.token_ids) + node.given - 1
-        assert expected[start:-1] == list(node.token_ids[node.given :])
-
-
-def test_trace_json_round_trip(tiny_trace: trace.Trace, tmp_path: Path) -> None:
-    record = replace(tiny_trace, measurements={"fork-attn": {"tokens_per_second": [1.5]}})
-    trace.save(record, tmp_path / "trace.json")
-    assert trace.load(tmp_path / "trace.json") == record
-
-
-@pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"format": "fork-attn demo trace", "version": 0}', "x"]
-)
-def test_foreign_json_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"version 1|Expecting value"):
-        trace.from_json(text)
-
-
-def test_page_runs() -> None:
-    assert trace.page_runs([35, 36, 37, 16, 17], 4) == ((8, 1), (9, 2), (4, 2))
-    assert trace.page_runs([], 4) == ()
-
-
-def test_sampling_repeats_with_its_seed(tiny_trace: trace.Trace) -> None:
-    first, again, other = (make_trace(Sampling(1.5, seed)) for seed in (7, 7, 8))
-    assert first == again
-    assert first.nodes != other.nodes and first.nodes != tiny_trace.nodes
-    assert first.sampling == "temperature 1.5, seed 7"
+            logits = model(torch.tensor([[*prompt, *thread.token_ids]])).logits[0]
+        expected = logits.argmax(dim=-1).tolist()
+        given = thread.injections[0].end
+        assert thread.text.startswith(thread.label) and thread.positions[0] == len(prompt)
+        assert expected[len(prompt) + given - 1 : -1] == list(thread.token_ids[given:])
+        assert 1 <= thread.num_sampled <= 20
+    assert end.positions[0] == len(prompt) + max(
+        sum(p is not None for p in thread.positions) for thread in threads
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,17 +146,16 @@ def test_all_methods_write_the_same_tokens(sampling: Sampling) -> None:
     session = make_session(model)
     root = session.cache.new_branch()
     session.forward({root: script.prompt_ids})
-    record = think(session, root, script, sampling)
     measured = compare(
         session, stock, root, script, sampling, rounds=2, seconds=1e9,
         on_round=lambda method, number: rounds.append((number, method)),
     )  # fmt: skip
-    written = [list(node.token_ids[node.given :]) for node in record.threads]
-    assert all(m.token_ids == written for m in measured)
+    assert all(m.token_ids == measured[0].token_ids for m in measured)
+    assert len(measured[0].token_ids) == len(OPENINGS) and all(measured[0].token_ids)
     assert rounds == [(number, method) for number in range(2) for method in METHODS]
     assert [m.read_again > 0 for m in measured] == [False, True, True]
     assert measured[0].kv_bytes < min(m.kv_bytes for m in measured[1:])
-    assert session.cache.stats().branches == 1 and set(session.fed) == {root}
+    assert session.cache.stats().branches == 1
 
 
 def test_a_slow_machine_runs_one_round() -> None:
@@ -211,39 +180,21 @@ def test_plain_copy_shares_weights_and_is_not_attached() -> None:
 # --- the picture
 
 
-def test_picture_is_xml_with_every_label(tiny_trace: trace.Trace) -> None:
-    text = " ".join(ET.fromstring(picture.draw(tiny_trace)).itertext())
-    for node in tiny_trace.threads:
-        assert node.label in text
-    for words in (
-        "Why?",
-        f"{tiny_trace.total_tokens} tokens written after the prompt",
-        "sees the prompt and all 4",
-    ):
-        assert words in text
-
-
-def test_picture_survives_odd_text(tiny_trace: trace.Trace) -> None:
-    odd = "<b> & \x00\x1b ]]> \ufffe 漢字" * 40 + "x" * 500
-    nodes = tuple(replace(node, label=odd, text=odd + node.text) for node in tiny_trace.nodes)
-    ET.fromstring(picture.draw(replace(tiny_trace, nodes=nodes)))
-
-
 def test_readme_picture_is_drawn_from_its_trace() -> None:
     assets = ROOT / "docs" / "assets"
-    record = trace.load(assets / "fork.json")
-    assert not record.measurements, "a picture in the repository names no machine's numbers"
-    drawn = picture.draw(record)
+    trace = Trace.load(assets / "fork.json")
+    assert not trace.seconds, "a picture in the repository names no machine's numbers"
+    drawn = trace_picture.draw(trace).svg()
     assert (assets / "fork.svg").read_text(encoding="utf-8") == drawn
 
 
 def test_wrap() -> None:
     text = "some words to wrap " * 20
-    lines = picture_text.wrap(text, 200, lines=3)
+    lines = text_width.wrap(text, 200, lines=3)
     assert len(lines) == 3 and lines[-1].endswith("…")
-    assert all(picture_text.width(line) <= 200 for line in lines)
-    assert picture_text.wrap("", 200, lines=3) == [""]
-    assert picture_text.wrap("short", 200, lines=3) == ["short"]
+    assert all(text_width.width(line) <= 200 for line in lines)
+    assert text_width.wrap("", 200, lines=3) == [""]
+    assert text_width.wrap("short", 200, lines=3) == ["short"]
 
 
 # --- what the user sees
@@ -263,9 +214,9 @@ def test_demo_off_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert text.rstrip().splitlines()[-1] == status_line
     for words in (*OPENINGS, *METHODS, "All write the same tokens", "one after another"):
         assert words in " ".join(text.split())
-    record = trace.load(tmp_path / "trace.json")
-    assert set(record.measurements) == set(METHODS)
-    ET.parse(tmp_path / "tree.svg")
+    assert set(json.loads((tmp_path / "comparison.json").read_text())) == set(METHODS)
+    assert Trace.load(tmp_path / "trace.json").protocol == "aspects"
+    ET.parse(tmp_path / "threads.svg")
 
 
 def test_demo_without_comparison_on_a_terminal(tmp_path: Path) -> None:
@@ -273,9 +224,9 @@ def test_demo_without_comparison_on_a_terminal(tmp_path: Path) -> None:
     reporter = Reporter(Console(file=out, width=100, force_terminal=True))
     args = make_args(tmp_path, "--no-compare")
     main.show(reporter, "tiny", make_model(), make_tokenizer(), make_script(), args)
-    assert "4 threads in one batch: token" in out.getvalue()
+    assert "threads write" in out.getvalue()
     assert "stock" not in out.getvalue()
-    assert not trace.load(tmp_path / "trace.json").measurements
+    assert not (tmp_path / "comparison.json").exists()
 
 
 def test_score_counts_whole_words() -> None:

@@ -19,6 +19,7 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
 ]
 TOP_LEVEL = ("csrc", "kernels", "python", "tests", "benchmarks", "docs", "examples", ".ci")
 

@@ -188,7 +188,12 @@ GOOD: dict[str, Any] = {
         ({"tail": "cow"}, ValueError, "tail: expected 'seal' or 'copy', got 'cow'"),
         ({"backend": "metal"}, ValueError, "backend: expected one of"),
         ({"backend": "flash_attn"}, Unsupported, "backend 'flash_attn'"),
-        ({"batch_invariant": True}, Unsupported, "batch_invariant"),
+        (
+            {"batch_invariant": True, "backend": "reference"},
+            Unsupported,
+            "batch_invariant=True: backend 'reference'",
+        ),
+        ({"batch_invariant": 1}, TypeError, "batch_invariant: expected a bool, got int"),
         ({"num_workers": 0}, ValueError, "num_workers: expected 1 to"),
         ({"device": "cuda"}, Unsupported, "cuda"),
     ],

@@ -22,15 +22,15 @@ LAYERS = (
     ("kv_library",),
     ("kv_checks", "quantise"),
     ("plan", "plan_format", "rope"),
-    ("storage",),
+    ("storage", "streams", "staging", "scrub"),
     ("kernels",),
-    ("ops_cache", "ops_triton"),
+    ("ops_cache", "ops_triton", "ops_flash"),
     ("ops", "reference", "reference_cache"),
-    ("render", "branch", "step", "cache"),
+    ("render", "branch", "device_step", "step", "cache", "plan_buffers"),
     ("",),  # fork_attn/__init__.py, the public names
     ("hf",),
     ("reason",),
-    ("demo", "plan_report", "plan_picture", "plan_command", "bench"),
+    ("demo", "plan_report", "plan_picture", "plan_command", "reason_command", "bench"),
     ("cli", "__main__"),
     ("testing",),  # for tests alone
 )
@@ -41,8 +41,8 @@ ORACLES = ("reference", "reference_cache")
 # Third parties that only these may import.
 RESTRICTED = {
     "triton": ("kernels", "testing"),
-    "transformers": ("hf", "reason", "demo"),
-    "rich": ("demo", "plan_command"),
+    "transformers": ("hf", "reason", "demo", "reason_command"),
+    "rich": ("reason", "demo", "plan_command", "reason_command"),
     "matplotlib": ("demo", "reason"),
 }
 

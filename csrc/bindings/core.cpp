@@ -223,6 +223,25 @@ void fill_step(const PyCore& self, std::uintptr_t position_ids, std::uintptr_t s
   }
 }
 
+// The open step's rows for a step of fixed width: positions, slots and last rows, (width,) int64
+// each, padded with 0, -1 (stored nowhere) and 0.
+void fill_padded_step(const PyCore& self, std::uintptr_t position_ids, std::uintptr_t slot_mapping,
+                      std::uintptr_t last_indices, std::size_t width) {
+  const Step& step = self.core.step();
+  const auto pad = [width](std::uintptr_t to, std::size_t count, int64_t value) {
+    std::fill(reinterpret_cast<int64_t*>(to) + count, reinterpret_cast<int64_t*>(to) + width,
+              value);
+  };
+  std::copy(step.positions.begin(), step.positions.end(), reinterpret_cast<int64_t*>(position_ids));
+  std::copy(step.slot_mapping.begin(), step.slot_mapping.end(),
+            reinterpret_cast<int64_t*>(slot_mapping));
+  auto* last = reinterpret_cast<int64_t*>(last_indices);
+  for (const StepRow& row : step.rows) *last++ = row.row_begin + row.num_tokens - 1;
+  pad(position_ids, step.positions.size(), 0);
+  pad(slot_mapping, step.positions.size(), -1);
+  pad(last_indices, step.rows.size(), 0);
+}
+
 void bind_step(py::class_<PyCore>& c) {
   c.def("open_step",
         [](PyCore& self, py::handle tokens, py::handle cache, py::handle branch_type,
@@ -233,6 +252,7 @@ void bind_step(py::class_<PyCore>& c) {
           return py::make_tuple(self.core.step().positions.size(), self.core.step().rows.size());
         })
       .def("fill_step", &fill_step)
+      .def("fill_padded_step", &fill_padded_step)
       .def("step_copies",
            [](const PyCore& self) {
              std::vector<std::pair<int32_t, int32_t>> out;
@@ -261,31 +281,85 @@ void bind_step(py::class_<PyCore>& c) {
              Use use(self);
              self.core.accept(row, path);
            })
+      .def("defer_frees", verb(&CacheCore::defer_frees))
+      .def("close_epoch", [](PyCore& self) { return self.core.close_epoch(); })
+      .def("end_epoch", [](PyCore& self, int64_t epoch) { return self.core.end_epoch(epoch); })
+      .def("unseen_slots",
+           [](const PyCore& self) {
+             std::vector<int64_t> out;
+             self.core.unseen_slots(out);
+             return out;
+           })
+      .def("pending_pages",
+           [](const PyCore& self) {
+             std::vector<std::pair<int32_t, int64_t>> out;  // page, epoch
+             for (const PendingPage& p : self.core.store().pages.pending())
+               out.emplace_back(p.page, p.epoch);
+             return out;
+           })
+      .def("report_reusable", verb(&CacheCore::report_reusable))
+      .def("take_reusable", verb(&CacheCore::take_reusable))
       .def("commit_step", verb(&CacheCore::commit_step))
       .def("rollback_step", verb(&CacheCore::rollback_step))
-      .def("build_plan", [](PyCore& self, int32_t window,
-                            const std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>& shape,
-                            const std::string& target, int32_t workers) {
-        Use use(self);
-        const auto [num_kv_heads, group, head_dim, head_dim_v, itemsize] = shape;
-        const TargetCosts& costs = target_costs(target);
-        return self.planner.build(
-            self.core,
-            {window, {num_kv_heads, group, head_dim, head_dim_v, itemsize}, &costs, workers});
-      });
+      .def(
+          "build_plan",
+          [](PyCore& self, int32_t window,
+             const std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>& shape,
+             const std::string& target, int32_t workers, bool batch_invariant, bool resident) {
+            Use use(self);
+            const auto [num_kv_heads, group, head_dim, head_dim_v, itemsize] = shape;
+            const TargetCosts& costs = target_costs(target);
+            return self.planner.build(self.core,
+                                      {window,
+                                       {num_kv_heads, group, head_dim, head_dim_v, itemsize},
+                                       &costs,
+                                       workers,
+                                       batch_invariant,
+                                       resident});
+          },
+          py::arg("window"), py::arg("shape"), py::arg("target"), py::arg("workers"),
+          py::arg("batch_invariant") = false, py::arg("resident") = false);
+}
+
+// News of the page lists for the device: how many entries and moves, and the arrays themselves,
+// int32: where (n,), the pages (n,), and from, to, count (m, 3).
+void bind_arena(py::class_<PyCore>& c) {
+  c.def("arena_news",
+        [](const PyCore& self) {
+          const PageArena& arena = self.core.store().arena;
+          return py::make_tuple(arena.size(), arena.entries().size(), arena.moves().size());
+        })
+      .def("take_arena_news",
+           [](PyCore& self, std::uintptr_t at, std::uintptr_t page, std::uintptr_t moves) {
+             PageArena& arena = self.core.store().arena;
+             auto* where = reinterpret_cast<int32_t*>(at);
+             auto* what = reinterpret_cast<int32_t*>(page);
+             for (const PageEntry& e : arena.entries()) {
+               *where++ = e.at;
+               *what++ = e.page;
+             }
+             auto* row = reinterpret_cast<int32_t*>(moves);
+             for (const PageMove& m : arena.moves()) {
+               *row++ = m.from;
+               *row++ = m.to;
+               *row++ = m.count;
+             }
+             arena.told();
+           })
+      .def("forget_arena", [](PyCore& self) { self.core.store().arena.forget(); });
 }
 
 void bind_plan(py::module_& m) {
   m.def("target_costs", [](const std::string& name) {
     const TargetCosts& t = target_costs(name);
-    return py::dict(py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
-                    py::arg("spans_per_worker") = t.spans_per_worker,
-                    py::arg("bytes_per_ns") = t.bytes_per_ns,
-                    py::arg("flops_per_ns_small") = t.flops_per_ns_small,
-                    py::arg("flops_per_ns") = t.flops_per_ns,
-                    py::arg("row_quantum") = t.row_quantum, py::arg("load_rows") = t.load_rows,
-                    py::arg("ns_per_exp") = t.ns_per_exp, py::arg("item_ns") = t.item_ns,
-                    py::arg("tile_slots") = t.tile_slots, py::arg("gather_slots") = t.gather_slots);
+    return py::dict(
+        py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
+        py::arg("spans_per_worker") = t.spans_per_worker, py::arg("bytes_per_ns") = t.bytes_per_ns,
+        py::arg("flops_per_ns_small") = t.flops_per_ns_small,
+        py::arg("flops_per_ns") = t.flops_per_ns, py::arg("row_quantum") = t.row_quantum,
+        py::arg("load_rows") = t.load_rows, py::arg("ns_per_exp") = t.ns_per_exp,
+        py::arg("item_ns") = t.item_ns, py::arg("tile_slots") = t.tile_slots,
+        py::arg("chunk_slots") = t.chunk_slots, py::arg("gather_slots") = t.gather_slots);
   });
   py::class_<PlanData>(m, "PlanData", py::buffer_protocol())
       .def_buffer([](PlanData& self) {
@@ -296,6 +370,18 @@ void bind_plan(py::module_& m) {
           [](const PlanData& self) {
             return reinterpret_cast<const PlanHeader*>(self.buffer.data())->page_limit;
           })
+      .def("copy_to",
+           [](const PlanData& self, std::uintptr_t words) {
+             std::copy(self.buffer.begin(), self.buffer.end(), reinterpret_cast<int64_t*>(words));
+           })
+      .def_property_readonly(
+          "num_rotations",
+          [](const PlanData& self) {
+            return reinterpret_cast<const PlanHeader*>(self.buffer.data())->num_rotations;
+          })
+      .def_property_readonly("num_words", [](const PlanData& self) { return self.buffer.size(); })
+      .def_property_readonly("num_partial_rows",
+                             [](const PlanData& self) { return self.counts.num_partial_rows; })
       .def_property_readonly("rotations",
                              [](const PlanData& self) {
                                const auto* h =
@@ -333,6 +419,7 @@ void bind_core(py::module_& m) {
   bind_verbs(core);
   bind_queries(core);
   bind_step(core);
+  bind_arena(core);
   bind_plan(m);
 }
 

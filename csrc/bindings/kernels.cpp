@@ -33,9 +33,11 @@ void tree_attention_cpu(std::uintptr_t plan, const RowArg& q, const PagedArg& k_
                         const PagedArg& v_cache, const RowArg& out, std::uintptr_t lse,
                         std::uintptr_t sinks, std::uintptr_t k_scale, std::uintptr_t v_scale,
                         int32_t dtype, int32_t kv_dtype, int32_t num_q_heads, int32_t num_kv_heads,
-                        int32_t head_dim, int32_t head_dim_v, float softmax_scale, float softcap) {
+                        int32_t head_dim, int32_t head_dim_v, float softmax_scale, float softcap,
+                        std::uintptr_t pages) {
   cpu::TreeAttentionParams p{};
   p.plan = pointer<const int64_t>(plan);
+  p.pages = pointer<const int32_t>(pages);
   p.q = rows(q);
   p.k_cache = paged(k_cache);
   p.v_cache = paged(v_cache);
@@ -71,7 +73,14 @@ void bind_kernels(py::module_& m) {
         py::arg("k_cache"), py::arg("v_cache"), py::arg("out"), py::arg("lse_ptr"),
         py::arg("sinks_ptr"), py::arg("k_scale_ptr"), py::arg("v_scale_ptr"), py::arg("dtype"),
         py::arg("kv_dtype"), py::arg("num_q_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
-        py::arg("head_dim_v"), py::arg("softmax_scale"), py::arg("softcap"));
+        py::arg("head_dim_v"), py::arg("softmax_scale"), py::arg("softcap"),
+        py::arg("pages_ptr") = 0);
+  m.def(
+      "advise_huge_pages",
+      [](std::uintptr_t data, int64_t bytes) {
+        cpu::advise_huge_pages(pointer<void>(data), bytes);
+      },
+      py::arg("data_ptr"), py::arg("num_bytes"));
   m.def("merge_states_cpu", &merge_states_cpu, py::arg("out_ptr"), py::arg("lse_ptr"),
         py::arg("num_states"), py::arg("rows"), py::arg("num_heads"), py::arg("dim"),
         py::arg("merged_out_ptr"), py::arg("merged_lse_ptr"));

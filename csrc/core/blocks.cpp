@@ -5,7 +5,15 @@
 namespace fork_attn {
 
 double BlockChooser::block_cost(int64_t tokens, int64_t slots, bool partial) const {
-  return costs_.item(tokens, slots) + (partial ? costs_.partials(tokens) : 0.0);
+  return costs_.item(tokens, slots) + (partial ? costs_.partials(tokens) : 0.0) +
+         (partial ? chunks_cost(tokens, slots) : 0.0);
+}
+
+// Items that do not begin where contexts begin hold a chunk each.
+double BlockChooser::chunks_cost(int64_t tokens, int64_t slots) const {
+  if (chunk_slots_ == 0) return 0;
+  const auto more = static_cast<double>(slots / chunk_slots_);
+  return more * (costs_.item(tokens, 0) + costs_.partials(tokens));
 }
 
 // One row's own tokens over everything before them; blocks of a long prefill see more and more of
@@ -21,12 +29,14 @@ double BlockChooser::leaf_cost(const Group& group, int64_t slots_above, bool par
   return cost;
 }
 
-double BlockChooser::kept_cost(const Group& group, int64_t slots) const {
+double BlockChooser::kept_cost(const Group& group, int64_t slots, bool from_start) const {
+  const auto cost = [&](int64_t count) {
+    return block_cost(count, slots, true) - (from_start ? chunks_cost(count, slots) : 0.0);
+  };
   const int64_t count = tokens(group);
   const int64_t full = count / max_tokens_;
   const int64_t rest = count % max_tokens_;
-  return static_cast<double>(full) * block_cost(max_tokens_, slots, true) +
-         (rest > 0 ? block_cost(rest, slots, true) : 0.0);
+  return static_cast<double>(full) * cost(max_tokens_) + (rest > 0 ? cost(rest) : 0.0);
 }
 
 BlockChooser::Above BlockChooser::below(const Group& group, const Above& above, bool keep) const {
@@ -89,8 +99,13 @@ BlockChooser::Best BlockChooser::best(int32_t index, const Above& above) {
   }
   const double pushed = packs_cost(groups_.children(group), below(group, above, false));
   if (found.cost < 0 || pushed < found.cost) found = {pushed, How::kPush};
-  const double kept = kept_cost(group, above.slots + group.slots) +
-                      packs_cost(groups_.children(group), below(group, above, true));
+  if (!group.may_be_apart) return known = found;
+  double kept = kept_cost(group, above.slots + group.slots, above.kept == 0);
+  // What is below takes one item at least, reads each slot and writes each row's partial.
+  const double least =
+      costs_.item(1, group.subtree_slots - group.slots) + costs_.partials(tokens(group));
+  if (kept + least >= found.cost) return known = found;
+  kept += packs_cost(groups_.children(group), below(group, above, true));
   if (kept < found.cost) found = {kept, How::kKeep};
   return known = found;
 }
@@ -112,7 +127,7 @@ BlockChoice BlockChooser::choose() {
   // so that a block's tokens stay a range; rows in between that do not see the group are masked.
   for (const int32_t g : groups_.outside) {
     const Group& group = groups_.groups[g];
-    out_.cost += kept_cost(group, group.slots);
+    out_.cost += kept_cost(group, group.slots, true);
     const auto streams_begin = static_cast<int32_t>(out_.streams.size());
     out_.streams.push_back(g);
     add_blocks(group.token_begin, group.token_end, streams_begin);
@@ -163,8 +178,9 @@ double BlockChooser::evaluate() {
         above_[g] = above_[group.parent] + groups_.groups[group.parent].slots;
     }
     if (apart_[g] == 0) continue;
+    const bool first = nearest_[g] < 0;
     nearest_[g] = g;
-    cost += kept_cost(group, above_[g] + group.slots);
+    cost += kept_cost(group, above_[g] + group.slots, first);
   }
   for (const int32_t g : groups_.parents_first) {  // who is the last of its rows to read it
     const Group& group = groups_.groups[g];
@@ -215,9 +231,11 @@ double BlockChooser::improve(double cost) {
   for (bool better = true; better;) {
     better = false;
     for (const int32_t g : groups_.parents_first) {
-      if (groups_.children(groups_.groups[g]).empty()) continue;
+      const Group& group = groups_.groups[g];
+      if (groups_.children(group).empty() || !group.may_be_apart) continue;
       better |= try_flips(g, -1);
-      if (groups_.groups[g].parent >= 0) better |= try_flips(g, groups_.groups[g].parent);
+      if (group.parent >= 0 && groups_.groups[group.parent].may_be_apart)
+        better |= try_flips(g, group.parent);
     }
   }
   return evaluate();

@@ -29,8 +29,10 @@ struct BlockChoice {
 
 class BlockChooser {
  public:
-  BlockChooser(const Groups& groups, const CostModel& costs, int32_t max_tokens)
-      : groups_(groups), costs_(costs), max_tokens_(max_tokens) {}
+  // chunk_slots: below a group that is read apart, every so many slots are an item (0: one item).
+  BlockChooser(const Groups& groups, const CostModel& costs, int32_t max_tokens,
+               int32_t chunk_slots)
+      : groups_(groups), costs_(costs), max_tokens_(max_tokens), chunk_slots_(chunk_slots) {}
 
   BlockChoice choose();
 
@@ -58,7 +60,8 @@ class BlockChooser {
   template <class F>
   double each_pack(std::span<const int32_t> children, const Above& above, F&& visit);
   double block_cost(int64_t tokens, int64_t slots, bool partial) const;
-  double kept_cost(const Group& group, int64_t slots) const;
+  double chunks_cost(int64_t tokens, int64_t slots) const;
+  double kept_cost(const Group& group, int64_t slots, bool from_start) const;
   bool partial(const Above& above, const Group& group) const {
     return above.kept > 0 || groups_.crossed[groups_.rows(group)[0].begin] != 0;
   }
@@ -81,6 +84,7 @@ class BlockChooser {
   const Groups& groups_;
   const CostModel& costs_;
   int64_t max_tokens_;
+  int64_t chunk_slots_;
   std::vector<int32_t> first_best_;  // of each group in best_
   std::vector<Best> best_;           // per group, per number of kept ancestors
   std::vector<uint8_t> apart_;       // per group: it is read by an item of its own

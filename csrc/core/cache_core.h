@@ -73,10 +73,11 @@ struct StepRow {
   int32_t first_slot;   // slot of the first new token in the segment written
   int32_t pages_begin;  // reserved pages: [pages_begin, pages_end) of Step::pages
   int32_t pages_end;
-  int32_t parents_begin;  // into Step::parents, drafts only
-  int32_t accepted;       // tokens that commit keeps; -1: a draft that nobody accepted yet
-  Index cut_link;         // copy-on-write: the link in which the copied page begins, else kNone
-  int32_t cut_slot;       // first slot of that page
+  int32_t parents_begin;     // into Step::parents, drafts only
+  int32_t accepted;          // tokens that commit keeps; -1: a draft that nobody accepted yet
+  Index cut_link;            // copy-on-write: the link in which the copied page begins, else kNone
+  int32_t cut_slot;          // first slot of that page
+  mutable ArenaPlace place;  // of a new segment's page list on the device, until it has one
 };
 
 struct PageCopy {
@@ -90,6 +91,7 @@ struct SlotMove {
 };
 
 struct Step {
+  uint64_t serial = 0;  // the step's own number
   std::vector<StepRow> rows;
   std::vector<int32_t> pages;
   std::vector<int32_t> parents;
@@ -147,6 +149,14 @@ class CacheCore {
   void commit_step();
   void rollback_step();
   bool step_open() const noexcept { return step_open_; }
+
+  // Pages freed from now on wait for other streams: see PagePool. None of these changes what any
+  // branch sees.
+  void defer_frees() { store_.pages.defer(); }
+  int64_t close_epoch() noexcept { return store_.pages.close_epoch(); }
+  int32_t end_epoch(int64_t epoch) noexcept { return store_.pages.end_epoch(epoch); }
+  void report_reusable() { store_.pages.report_reusable(); }
+  std::vector<int32_t> take_reusable() { return store_.pages.take_reusable(); }
   const Step& step() const noexcept { return step_; }
 
   bool alive(Handle branch) const noexcept { return find(branch) != kNone; }
@@ -163,6 +173,8 @@ class CacheCore {
   // How a row of the open step sees what is not simply its own context: see ViewPart.
   void view_of_row(const StepRow& row, std::vector<ViewPart>& out) const;
   int64_t parent_serial(Handle branch) const;  // -1: not forked from a live branch
+  // Slots that no branch sees, pending pages left out.
+  void unseen_slots(std::vector<int64_t>& out) const;
   CoreStats stats() const;
   void check() const;  // kInvariant
   uint64_t digest() const;
@@ -225,6 +237,7 @@ class CacheCore {
   void validate_request(const StepRequest& request, int64_t total) const;
   void lay_out(StepRow& row) noexcept;
   int64_t pages_needed(const StepRow& row) const noexcept;
+  Error out_of_pages(int64_t needed) const;
   void reserve_row(const StepRow& row);
   void collect_origins(const StepRow& row, std::vector<Origin>& out) const;
   void fill_row(StepRow& row) noexcept;

@@ -154,6 +154,7 @@ void ContextStore::truncate(Segment& s, int32_t length) noexcept {
     if (s.pages.back() != kNone) pages.give(s.pages.back());
     s.pages.pop_back();
   }
+  s.place.known = std::min(s.place.known, static_cast<int32_t>(s.pages.size()));
   s.length = length;
   if (length < s.copied_end) s.frozen = true;
   while (!s.origins.empty() && s.origins.back().end > length) {
@@ -173,6 +174,7 @@ void ContextStore::reclaim(Index segment, int32_t lo, int32_t hi) noexcept {
     truncate(s, 0);
     constexpr std::size_t kKeepCapacity = 64;
     if (s.pages.capacity() > kKeepCapacity) std::vector<int32_t>().swap(s.pages);
+    arena.give(s.place);
     segments.give(segment);
     return;
   }

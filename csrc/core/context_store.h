@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "page_arena.h"
 #include "page_pool.h"
 #include "pool.h"
 
@@ -34,7 +35,8 @@ struct Segment {
   int32_t length = 0;      // slots in use: the largest visible end
   int32_t copied_end = 0;  // some copy remembers slots below this one by our uid
   Index first_link = kNone;
-  bool claimed = false;  // a row of the open step writes on in it
+  mutable ArenaPlace place;  // of `pages` on the device
+  bool claimed = false;      // a row of the open step writes on in it
   bool frozen =
       false;  // remembered slots were dropped: writing them again would forge their identity
 };
@@ -107,6 +109,7 @@ class ContextStore {
   Pool<Link> links;
   Pool<Watch> watches;
   PagePool pages;
+  mutable PageArena arena;  // plans tell the device of page lists, and change nothing else
 
  private:
   void unlink(const Link& link) noexcept;

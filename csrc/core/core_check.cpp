@@ -111,6 +111,25 @@ void check_segments(const CacheCore& core, std::vector<uint8_t>& owned) {
          static_cast<int64_t>(listed));
 }
 
+// Page lists on the device: places within the array, none over another.
+void check_places(const CacheCore& core) {
+  const ContextStore& store = core.store();
+  std::vector<uint8_t> owned(store.arena.size(), 0);
+  const auto claim = [&](const ArenaPlace& place, int64_t index) {
+    expect(place.known <= place.capacity, "a page list is larger than its place", index);
+    expect(place.begin + place.capacity <= store.arena.size(), "a page list leaves the array",
+           index);
+    for (int32_t i = 0; i < place.capacity; ++i) {
+      expect(!owned[place.begin + i], "two page lists in one place", index);
+      owned[place.begin + i] = 1;
+    }
+  };
+  for (Index i = 0; i < store.segments.size(); ++i) {
+    if (store.segments.taken(i)) claim(store.segments[i].place, i);
+  }
+  for (const StepRow& row : core.step().rows) claim(row.place, row.row_begin);
+}
+
 void check_lineage(const CacheCore& core) {
   const Pool<Branch>& branches = core.branches();
   std::vector<uint8_t> listed(branches.size(), 0);
@@ -138,6 +157,7 @@ void CacheCore::check() const {
   check_links(*this);
   std::vector<uint8_t> owned(store_.pages.num_pages(), 0);
   check_segments(*this, owned);
+  check_places(*this);
   check_lineage(*this);
   for (const int32_t page : step_.pages) {
     expect(!owned[page], "a page reserved by the open step belongs to a segment", page);
@@ -146,6 +166,11 @@ void CacheCore::check() const {
   for (const int32_t page : store_.pages.free_list()) {
     expect(!owned[page] && !store_.pages.live(page), "a free page is in use or listed twice", page);
     owned[page] = 1;
+  }
+  for (const PendingPage& p : store_.pages.pending()) {
+    expect(!owned[p.page] && !store_.pages.live(p.page), "a pending page is in use or listed twice",
+           p.page);
+    owned[p.page] = 1;
   }
   for (int32_t page = 0; page < store_.pages.num_pages(); ++page)
     expect(owned[page] != 0, "a page leaked", page);
@@ -194,6 +219,10 @@ uint64_t CacheCore::digest() const {
     }
   }
   for (const int32_t page : store_.pages.free_list()) h.add(page);
+  for (const PendingPage& p : store_.pages.pending()) {
+    h.add(p.page);
+    h.add(p.epoch);
+  }
   h.add(next_serial_);
   h.add(step_open_);
   for (const int32_t page : step_.pages) h.add(page);

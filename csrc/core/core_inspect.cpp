@@ -115,11 +115,33 @@ void CacheCore::page_table(Handle h, std::vector<int32_t>& out) const {
   }
 }
 
+void CacheCore::unseen_slots(std::vector<int64_t>& out) const {
+  std::vector<bool> seen(static_cast<std::size_t>(store_.pages.num_pages()) * page_size());
+  const auto see = [&](int32_t page, int32_t offset) {
+    seen[static_cast<std::size_t>(page) * page_size() + offset] = true;
+  };
+  for (Index at = 0; at < store_.links.size(); ++at) {
+    if (!store_.links.taken(at)) continue;
+    const Link& l = store_.links[at];
+    const Segment& s = store_.segments[l.segment];
+    for (int32_t slot = l.lo; slot < l.hi; ++slot)
+      see(s.pages[slot / page_size()], slot % page_size());
+  }
+  for (const PendingPage& p : store_.pages.pending()) {
+    for (int32_t offset = 0; offset < page_size(); ++offset) see(p.page, offset);
+  }
+  out.clear();
+  for (std::size_t slot = 0; slot < seen.size(); ++slot) {
+    if (!seen[slot]) out.push_back(static_cast<int64_t>(slot));
+  }
+}
+
 CoreStats CacheCore::stats() const {
   CoreStats stats{};
   stats.pages_total = store_.pages.num_pages();
   stats.pages_free = store_.pages.num_free();
-  stats.pages_live = stats.pages_total - stats.pages_free;
+  stats.pages_pending = store_.pages.num_pending();
+  stats.pages_live = stats.pages_total - stats.pages_free - stats.pages_pending;
   stats.segments = static_cast<int64_t>(store_.segments.count());
   stats.links = static_cast<int64_t>(store_.links.count());
   stats.branches = static_cast<int64_t>(branches_.count());

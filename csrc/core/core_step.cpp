@@ -131,6 +131,23 @@ void CacheCore::fill_row(StepRow& row) noexcept {
   }
 }
 
+Error CacheCore::out_of_pages(int64_t needed) const {
+  const int64_t free = store_.pages.num_free();
+  const int64_t pending = store_.pages.num_pending();
+  std::string what = "step: needs " + std::to_string(needed) + " pages, " + std::to_string(free) +
+                     " of " + std::to_string(store_.pages.num_pages()) + " are free";
+  if (pending != 0) {
+    what += " and " + std::to_string(pending) + " wait for other streams to finish with them";
+  }
+  what += needed <= free + pending ? "; step(..., wait=True) waits for those"
+                                   : "; free or crop branches, or make the cache larger";
+  Error e(ErrorKind::kOutOfPages, what);
+  e.needed = needed;
+  e.free = free;
+  e.pending = pending;
+  return e;
+}
+
 void CacheCore::open_step(std::span<const StepRequest> requests) {
   require_no_step("step");
   if (requests.empty())
@@ -180,14 +197,7 @@ void CacheCore::open_step(std::span<const StepRequest> requests) {
   }
   validate_watches();
   if (needed > store_.pages.num_free()) {
-    Error e(ErrorKind::kOutOfPages,
-            "step: needs " + std::to_string(needed) + " pages, " +
-                std::to_string(store_.pages.num_free()) + " of " +
-                std::to_string(store_.pages.num_pages()) +
-                " are free; free or crop branches, or make the cache larger");
-    e.needed = needed;
-    e.free = store_.pages.num_free();
-    throw e;
+    throw out_of_pages(needed);
   }
   staged_.reserve(requests.size());
   for (const StepRow& row : step_.rows) reserve_row(row);
@@ -200,6 +210,7 @@ void CacheCore::open_step(std::span<const StepRequest> requests) {
 
   undo.core = nullptr;
   step_open_ = true;
+  ++step_.serial;
   for (StepRow& row : step_.rows) fill_row(row);
 }
 
@@ -233,6 +244,9 @@ Index CacheCore::new_head(const StepRow& row, Staged& staged, int32_t num_tokens
   Segment& s = store_.segments[segment];
   s.pages.swap(staged.pages);
   s.origins.swap(staged.origins);
+  s.place = row.place;
+  s.place.known = std::min(s.place.known, static_cast<int32_t>(s.pages.size()));
+  row.place = {};
   Index parent = b.head;
   if (row.cut_link != kNone) {
     const Link l = store_.links[row.cut_link];
@@ -289,8 +303,12 @@ void CacheCore::rollback_step() {
 
 void CacheCore::close_step() noexcept {
   for (const StepRow& row : step_.rows) {
-    if (row.segment != kNone) store_.segments[row.segment].claimed = false;
     branches_[row.branch].step_row = -1;
+    store_.arena.give(row.place);
+    if (row.segment == kNone) continue;
+    Segment& s = store_.segments[row.segment];
+    s.claimed = false;
+    s.place.known = std::min(s.place.known, static_cast<int32_t>(s.pages.size()));
   }
   step_.rows.clear();
   step_.pages.clear();

@@ -25,7 +25,8 @@ struct TargetCosts {
   double item_ns;      // fixed cost of a work item
   int32_t tile_slots;  // items are cut at multiples of this
   int32_t
-      gather_slots;  // pieces and ends of runs up to this long share tiles; 0: kernels see to it
+      gather_slots;     // pieces and ends of runs up to this long share tiles; 0: kernels see to it
+  int32_t chunk_slots;  // batch-invariant plans cut contexts at multiples of this: whole tiles
 };
 
 // "cpu", "sm_80", "sm_90", "sm_100"; kValue for any other.

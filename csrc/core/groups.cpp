@@ -5,7 +5,7 @@
 
 namespace fork_attn {
 
-void Groups::build(const CacheCore& core, int32_t window) {
+void Groups::clear(const CacheCore& core, int32_t window) {
   core_ = &core;
   window_ = window;
   nodes_.clear();
@@ -23,6 +23,11 @@ void Groups::build(const CacheCore& core, int32_t window) {
   ranges_.clear();
   pieces_.clear();
   group_of_set_.clear();
+  parents_first.clear();
+}
+
+void Groups::build(const CacheCore& core, int32_t window) {
+  clear(core, window);
   node_of_link_.assign(core.store().links.size(), -1);
   collect_nodes();
   order_rows();
@@ -86,70 +91,6 @@ void Groups::collect_nodes() {
     if (!below_visited) node_roots_.push_back(child);
   }
   sort_shifted();
-}
-
-// The leaves of what a row sees at a shift, and what its own leaf sees beyond its links.
-void Groups::collect_shifted(int32_t row) {
-  core_->view_of_row(core_->step().rows[row], view_);
-  const std::size_t first_of_row = made_.size();
-  for (const ViewPart& p : view_) {
-    const bool own = p.shift == 0 && p.count == made_[row].count;
-    const int32_t leaf = own ? row : leaf_of(row, p, first_of_row);
-    if (p.segment != kNone) {
-      parts_.push_back({leaf, p.segment, p.lo, p.hi});
-      continue;
-    }
-    fresh.push_back({p.row, p.hi, p.in_place, p.lag, made_[leaf].first_fresh});
-    made_[leaf].first_fresh = static_cast<int32_t>(fresh.size() - 1);
-  }
-}
-
-int32_t Groups::leaf_of(int32_t row, const ViewPart& part, std::size_t first_of_row) {
-  for (std::size_t i = first_of_row; i < made_.size(); ++i) {
-    if (made_[i].first == part.first && made_[i].shift == part.shift)
-      return static_cast<int32_t>(i);
-  }
-  made_.push_back({row, part.first, part.count, part.shift, false});
-  const auto leaf = static_cast<int32_t>(made_.size() - 1);
-  shifted_.push_back({leaf, part.row, part.segment});
-  return leaf;
-}
-
-void Groups::sort_shifted() {
-  std::sort(shifted_.begin(), shifted_.end(), [](const Shifted& a, const Shifted& b) {
-    return a.near_row != b.near_row ? a.near_row < b.near_row : a.leaf < b.leaf;
-  });
-}
-
-void Groups::add_leaf(int32_t made) {
-  place_[made] = static_cast<int32_t>(order.size());
-  order.push_back(made_[made].row);
-  leaves.push_back(made_[made]);
-}
-
-// What watches the rows placed from `order_begin` on reads what they read.
-void Groups::place_shifted_near(std::size_t order_begin) {
-  const std::size_t order_end = order.size();
-  for (std::size_t i = order_begin; i < order_end; ++i) {
-    const int32_t row = order[i];
-    auto at = std::lower_bound(shifted_.begin(), shifted_.end(), row,
-                               [](const Shifted& s, int32_t r) { return s.near_row < r; });
-    for (; at != shifted_.end() && at->near_row == row; ++at) add_leaf(at->leaf);
-  }
-}
-
-// The others: those that read the same first segment are neighbours.
-void Groups::place_shifted_left() {
-  std::vector<Shifted> left;
-  for (const Shifted& s : shifted_) {
-    if (s.near_row < 0) left.push_back(s);
-  }
-  const auto place = [&](const Shifted& s) { return place_[made_[s.leaf].row]; };
-  std::sort(left.begin(), left.end(), [&](const Shifted& a, const Shifted& b) {
-    if (a.near_segment != b.near_segment) return a.near_segment < b.near_segment;
-    return place(a) != place(b) ? place(a) < place(b) : a.leaf < b.leaf;
-  });
-  for (const Shifted& s : left) add_leaf(s.leaf);
 }
 
 // Depth first, so that the leaves below any node are a range. Shifted leaves stand behind whole
@@ -323,14 +264,15 @@ void Groups::build_tree() {
   crossed.assign(order.size(), 0);
   std::vector<int32_t> nested;
   for (std::size_t g = 0; g < groups.size(); ++g) {
-    (rows(groups[g]).size() == 1 ? nested : outside).push_back(static_cast<int32_t>(g));
+    if (rows(groups[g]).size() > 1) outside.push_back(static_cast<int32_t>(g));
   }
   const auto range = [&](int32_t g) { return ranges_[groups[g].rows_begin]; };
-  std::sort(nested.begin(), nested.end(), [&](int32_t a, int32_t b) {
-    const RowRange x = range(a);
-    const RowRange y = range(b);
-    return x.begin != y.begin ? x.begin < y.begin : x.end > y.end;
-  });
+  for (const int32_t last : last_of_begin_) {
+    const auto first = static_cast<std::ptrdiff_t>(nested.size());
+    for (int32_t g = last; g >= 0; g = groups[g].next_same_begin) nested.push_back(g);
+    std::sort(nested.begin() + first, nested.end(),
+              [&](int32_t a, int32_t b) { return range(a).end > range(b).end; });
+  }
   std::vector<int32_t> path;
   std::size_t kept = 0;
   for (const int32_t g : nested) {

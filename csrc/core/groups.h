@@ -42,6 +42,7 @@ struct Piece {    // slots [lo, hi) of a segment
   Index segment;
   int32_t lo, hi;
   int64_t first_position;
+  int64_t at = 0;  // of slot lo in its readers' contexts; build_tiles only
 };
 
 struct Group {
@@ -53,6 +54,7 @@ struct Group {
   // The tree of groups: a child's rows lie within its parent's. Groups that cross others stand
   // outside.
   bool in_tree = false;
+  bool may_be_apart = true;  // an item may read it, with what is above, for all its readers
   int32_t depth = 0;
   int32_t parent = -1;
   int32_t children_begin = 0, children_end = 0;
@@ -64,6 +66,10 @@ struct Group {
 class Groups {
  public:
   void build(const CacheCore& core, int32_t window);
+  // For batch-invariant plans: groups hold whole tiles of their readers' contexts, and only one
+  // that ends a chunk may be read apart. Contexts nest by what they hold, so no group crosses
+  // another.
+  void build_tiles(const CacheCore& core, int32_t window, int32_t tile_slots, int32_t chunk_slots);
 
   std::span<const RowRange> rows(const Group& g) const {
     return {ranges_.data() + g.rows_begin, ranges_.data() + g.rows_end};
@@ -138,6 +144,11 @@ class Groups {
   void count_slots();
   void build_tree();
   void link_children();
+  // tile_groups.cpp
+  void lay_out_rows();
+  void count_group(int32_t g);
+
+  void clear(const CacheCore& core, int32_t window);
 
   const CacheCore* core_ = nullptr;
   int32_t window_ = 0;

@@ -1,4 +1,6 @@
-// The free list of pages: last in, first out, one state bit per page.
+// The free list of pages: last in, first out, one state bit per page. Where other streams than the
+// cache's own may still read a freed page, it waits: pages freed in one epoch are reusable once the
+// caller says that the epoch is over.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +8,11 @@
 #include <vector>
 
 namespace fork_attn {
+
+struct PendingPage {
+  int32_t page;
+  int64_t epoch;
+};
 
 class PagePool {
  public:
@@ -24,18 +31,80 @@ class PagePool {
 
   void give(int32_t page) noexcept {
     live_[page] = false;
-    free_.push_back(page);  // never reallocates: capacity is the whole pool
+    // Neither list ever reallocates: the capacity of each is the whole pool.
+    if (deferring_) {
+      pending_.push_back({page, epoch_});
+    } else {
+      put(page);
+    }
+  }
+
+  // From now on freed pages wait for the end of the epoch they were freed in. May throw.
+  void defer() {
+    pending_.reserve(live_.size());
+    deferring_ = true;
+  }
+  // From now on the caller is told which pages became reusable (take_reusable). May throw.
+  void report_reusable() {
+    reusable_.reserve(live_.size());
+    reporting_ = true;
+  }
+  // Closes the current epoch and names it; 0 if no page was freed in it.
+  int64_t close_epoch() noexcept {
+    if (pending_.empty() || pending_.back().epoch != epoch_) return 0;
+    return epoch_++;
+  }
+  // The pages of a closed epoch become free; how many.
+  int32_t end_epoch(int64_t epoch) noexcept {
+    const std::size_t before = pending_.size();
+    std::size_t kept = 0;
+    for (const PendingPage& p : pending_) {
+      if (p.epoch == epoch) {
+        put(p.page);
+      } else {
+        pending_[kept++] = p;
+      }
+    }
+    pending_.resize(kept);
+    return static_cast<int32_t>(before - kept);
+  }
+  // The pages that became free since the last call, and were not taken again.
+  std::vector<int32_t> take_reusable() {
+    std::vector<int32_t> out;
+    out.reserve(reusable_.size());
+    for (const int32_t page : reusable_) {
+      if (!live_[page]) out.push_back(page);
+    }
+    reusable_.clear();
+    return out;
   }
 
   int32_t num_free() const noexcept { return static_cast<int32_t>(free_.size()); }
+  int32_t num_pending() const noexcept { return static_cast<int32_t>(pending_.size()); }
   int32_t num_pages() const noexcept { return static_cast<int32_t>(live_.size()); }
   int32_t limit() const noexcept { return limit_; }  // 1 + the largest page ever taken
   bool live(int32_t page) const noexcept { return live_[page]; }
   const std::vector<int32_t>& free_list() const noexcept { return free_; }
+  const std::vector<PendingPage>& pending() const noexcept { return pending_; }
 
  private:
+  void put(int32_t page) noexcept {
+    free_.push_back(page);
+    if (!reporting_) return;
+    if (reusable_.size() < live_.size()) {
+      reusable_.push_back(page);
+    } else {  // freed, taken and freed again, all unreported: every page is as good as named
+      for (std::size_t i = 0; i < live_.size(); ++i) reusable_[i] = static_cast<int32_t>(i);
+    }
+  }
+
   std::vector<int32_t> free_;
+  std::vector<PendingPage> pending_;
+  std::vector<int32_t> reusable_;
   std::vector<bool> live_;
+  int64_t epoch_ = 1;
+  bool deferring_ = false;
+  bool reporting_ = false;
   int32_t limit_ = 0;
 };
 

@@ -16,7 +16,8 @@
 // windows
 // * items[num_items], PlanItem: a row block and consecutive runs
 // * runs[num_runs], PlanRun: slots, and which of the block's tokens see them
-// * pages[num_pages], int32: physical pages; a run indexes into this list
+// * pages[num_pages], int32: physical pages; a run indexes into this list. A plan whose page lists
+//   stay on the device (num_pages = 0) comes with them as an array of its own
 // * words[num_words], uint64: per-slot visibility words of kPerSlot and kGather runs
 // * gather[num_gather], int32: slots (page * page_size + offset) of kGather runs, one by one
 // * spans[num_spans + 1], int32: first item of each span, and the end; spans are predicted to take
@@ -29,6 +30,9 @@
 // A query row served by exactly one item is written directly by it (its CSR range is empty). A row
 // served by several items has one partial row in each; partial row r holds (num_q_heads,
 // head_dim_v) fp32 values and num_q_heads natural-log LSEs.
+//
+// A batch-invariant plan (tile_slots > 0) promises more, so that a row's result depends on its own
+// context alone: see docs/plan.md.
 #pragma once
 
 #include <cstdint>
@@ -73,7 +77,8 @@ struct PlanHeader {
   int32_t off_rotations;
   int32_t num_gather;
   int32_t off_gather;
-  int32_t reserved[15];
+  int32_t tile_slots;  // of a batch-invariant plan: every run begins a tile of so many; else 0
+  int32_t reserved[14];
 };
 static_assert(sizeof(PlanHeader) == 192);
 
@@ -115,7 +120,7 @@ struct PlanRun {
   int32_t kind;  // PlanRunKind bits
   int32_t diag;
   int32_t words_begin;
-  int32_t reserved;
+  int32_t chunk;  // of a batch-invariant plan: which cut of the context; else 0
 };
 static_assert(sizeof(PlanRun) == 40);
 

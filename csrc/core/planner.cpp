@@ -47,6 +47,7 @@ void Planner::reset(const CacheCore& core, const PlanRequest& request) {
   runs_.clear();
   sources_.clear();
   source_of_run_.clear();
+  goes_on_.clear();
   words_.clear();
   gather_.clear();
 }
@@ -55,14 +56,29 @@ PlanData Planner::build(const CacheCore& core, const PlanRequest& request) {
   if (!core.step_open()) fail(ErrorKind::kStalePlan, "plan: expected an open step");
   check(request);
   reset(core, request);
-  groups_.build(core, request.window);
+  const TargetCosts& target = *request.target;
+  const int32_t chunk_slots = request.batch_invariant ? target.chunk_slots : 0;
+  if (request.batch_invariant) {
+    groups_.build_tiles(core, request.window, target.tile_slots, chunk_slots);
+    shared_slots_.build(core, request.window);
+    if (shared_slots_.leaves.size() != core.step().rows.size() || !shared_slots_.fresh.empty()) {
+      fail(ErrorKind::kUnsupported,
+           "batch_invariant: contexts that watch others, or see tokens at shifted positions, are "
+           "not "
+           "part of this version");
+    }
+  } else {
+    groups_.build(core, request.window);
+  }
   lay_out_tokens();
-  const CostModel costs(*request.target, request.shape);
-  const BlockChoice choice = BlockChooser(groups_, costs, max_tokens_).choose();
-  for (const Block& block : choice.blocks) emit_block(block, choice);
+  const CostModel costs(target, request.shape);
+  const BlockChoice choice = BlockChooser(groups_, costs, max_tokens_, chunk_slots).choose();
+  for (const Block& block : choice.blocks) {
+    request.batch_invariant ? emit_tiled_block(block, choice) : emit_block(block, choice);
+  }
   lay_out_pages();
-  count_unique();
-  cut_into_spans(costs);
+  count_unique(request.batch_invariant ? shared_slots_ : groups_);
+  request.batch_invariant ? share_out_chunks(costs) : cut_into_spans(costs);
   assign_partials();
   counts_.num_tokens = static_cast<int64_t>(core.step().positions.size());
   counts_.max_block_tokens = max_tokens_;

@@ -19,6 +19,8 @@ struct PlanRequest {
   LayerShape shape;
   const TargetCosts* target;
   int32_t workers;
+  bool batch_invariant = false;
+  bool resident = false;  // runs index the arena of page lists (page_arena.h), not the plan's own
 };
 
 // Exact counts; multiply slots by the bytes of one slot's K and V over all KV heads.
@@ -60,9 +62,28 @@ class Planner {
     int32_t begin = 0;                   // where `first` is in the plan
   };
 
+  // Who reads consecutive places of a context (batch-invariant plans).
+  struct TileReaders {
+    uint64_t mask;
+    int32_t row;          // of the step, whose new tokens end the context; -1: none do
+    int64_t seen_by_all;  // places below this one; from there on, token t those below diagonal + t
+    int64_t diagonal;
+  };
+
+  struct Lane {  // of a tile whose slots lie anywhere
+    int32_t slot;
+    int64_t position;
+    uint64_t seen;
+  };
+
+  struct PositionRange {
+    int64_t least, most;
+  };
+
   struct Load {  // of an item before it is cut
     int64_t slots;
     double ns_per_slot;
+    double partials;  // batch-invariant plans: writing and merging its partial rows
   };
 
   void reset(const CacheCore& core, const PlanRequest& request);
@@ -84,15 +105,33 @@ class Planner {
   int32_t physical_page(const PageSource& source, int32_t at) const;
   uint64_t mask_of(const Group& group) const;
   void count_run(const PlanRun& run);
-  void count_unique();
+  void count_unique(const Groups& groups);
   void count_fresh();
   int32_t source_of_segment(Index segment);
   int32_t source_of_row(int32_t row);
   void lay_out_pages();
+  void add_block_tokens();
+  void place_lists();
   void append_pages(const PageSource& source, std::vector<int32_t>& out) const;
   int32_t position(const Token& token) const;
+  // planner_tiles.cpp
+  void emit_tiled_block(const Block& block, const BlockChoice& choice);
+  void sort_by_chunk(int32_t first_run);
+  void emit_own_tiles(int32_t order_index, uint64_t mask);
+  void emit_tiles(const TileReaders& readers);
+  uint64_t mask_at(int64_t at, const TileReaders& readers) const;
+  void emit_stretch(const Piece& p, int32_t into, int32_t count, const TileReaders& readers);
+  void emit_lanes(int64_t at, uint64_t mask);
+  void emit_draft_tiles(const StepRow& row, int32_t first, int32_t last, int32_t at, uint64_t mask,
+                        int64_t length);
+  int32_t slot_address(const Piece& p, int32_t slot, int32_t r) const;
+  PositionRange positions_of(uint64_t mask) const;
   // planner_cut.cpp
+  double weigh_items(const CostModel& costs);
   void cut_into_spans(const CostModel& costs);
+  void share_out_chunks(const CostModel& costs);
+  template <class Take, class Close>
+  int64_t each_chunk(double budget, int64_t most, Take&& take, Close&& close) const;
   int64_t num_spans_for(double total) const;
   double span_budget(double total, int64_t num_spans) const;
   int64_t count_spans(double budget, int64_t most) const;
@@ -105,6 +144,7 @@ class Planner {
   int32_t max_tokens_ = 0;
   PlanCounts counts_{};
   Groups groups_;
+  Groups shared_slots_;                 // batch-invariant plans: what the accounting counts
   std::vector<Token> all_tokens_;       // in the order of groups_
   const Token* block_first_ = nullptr;  // the block being emitted
   int32_t block_count_ = 0;
@@ -112,7 +152,10 @@ class Planner {
   std::vector<int32_t> source_of_segment_;  // -1: none yet
   std::vector<int32_t> source_of_row_;
   std::vector<PageSource> sources_;
-  std::vector<int32_t> source_of_run_;
+  std::vector<int32_t> source_of_run_;  // -1: a tile of gathered slots
+  std::vector<Piece> parts_;
+  std::vector<Lane> lanes_;
+  std::vector<uint8_t> goes_on_;  // per item: in one item with the one before it, if it likes
 
   std::vector<Load> loads_;
   std::vector<PlanBlock> blocks_;
@@ -122,6 +165,8 @@ class Planner {
   std::vector<int32_t> positions_;
   std::vector<PlanItem> items_;
   std::vector<PlanRun> runs_;
+  std::vector<PlanItem> uncut_items_;
+  std::vector<PlanRun> uncut_runs_;
   std::vector<uint64_t> words_;
   std::vector<int32_t> gather_;
   std::vector<int32_t> spans_;

@@ -16,6 +16,12 @@ struct RunCursor {
 
   void take(int64_t slots, std::vector<PlanRun>& out) {
     while (slots > 0) {
+      if (into == 0 && slots >= run->num_slots) {
+        out.push_back(*run);
+        slots -= run->num_slots;
+        ++run;
+        continue;
+      }
       PlanRun part = *run;
       const int64_t n = std::min<int64_t>(slots, part.num_slots - into);
       const int64_t slot = part.first_slot + into;
@@ -75,9 +81,43 @@ int64_t Planner::piece_slots(int64_t left, double room, double ns_per_slot, bool
   return static_cast<int64_t>(tiles * tile);
 }
 
+// Fills spans of at most `budget` with items of a chunk each, one after another: take(item, fold),
+// where `fold` puts it into the item before it, and close(cost of the span). Gives up beyond `most`
+// spans; returns how many.
+template <class Take, class Close>
+int64_t Planner::each_chunk(double budget, int64_t most, Take&& take, Close&& close) const {
+  int64_t spans = 0;
+  double used = 0;
+  bool open = false;  // the last item began where its block's contexts do
+  for (std::size_t i = 0; i < items_.size() && spans <= most; ++i) {
+    const Load& load = loads_[i];
+    const bool first = i == 0 || items_[i].block != items_[i - 1].block;
+    const double work = static_cast<double>(load.slots) * load.ns_per_slot;
+    const double begin = request_.target->item_ns + load.partials;
+    bool fold = open && goes_on_[i] != 0;
+    if (used > 0 && used + work + (fold ? 0 : begin) > budget) {
+      close(used);
+      ++spans;
+      used = 0;
+      fold = false;
+    }
+    take(i, fold);
+    used += work + (fold ? 0 : begin);
+    open = first || fold;
+  }
+  if (used > 0) {
+    close(used);
+    ++spans;
+  }
+  return spans;
+}
+
 // Spans of at most `budget` that the items fill one after another; more than `most`: any such
 // number.
 int64_t Planner::count_spans(double budget, int64_t most) const {
+  if (request_.batch_invariant) {
+    return std::max<int64_t>(1, each_chunk(budget, most, [](std::size_t, bool) {}, [](double) {}));
+  }
   int64_t spans = 1;
   double used = 0;
   for (const Load& load : loads_) {
@@ -111,21 +151,52 @@ double Planner::span_budget(double total, int64_t num_spans) const {
   return high;
 }
 
-void Planner::cut_into_spans(const CostModel& costs) {
+// What each item takes; returns the sum.
+double Planner::weigh_items(const CostModel& costs) {
   double total = 0;
   loads_.clear();
   for (const PlanItem& item : items_) {
+    const int64_t tokens = blocks_[item.block].num_tokens;
     int64_t slots = 0;
     for (int32_t r = item.run_begin; r < item.run_end; ++r) slots += runs_[r].num_slots;
-    loads_.push_back({slots, costs.slot(blocks_[item.block].num_tokens)});
-    total += costs.item(blocks_[item.block].num_tokens, slots);
+    loads_.push_back({slots, costs.slot(tokens), costs.partials(tokens)});
+    total += costs.item(tokens, slots);
   }
+  return total;
+}
+
+// Spans of whole chunks. Where cuts may fall depends on contexts alone: an item holds one chunk, or
+// several from the first one on, whose results it folds in the order of merging.
+void Planner::share_out_chunks(const CostModel& costs) {
+  const double total = weigh_items(costs);
+  const double budget = span_budget(total, num_spans_for(total));
+  std::vector<PlanItem> items;
+  spans_.assign(1, 0);
+  span_ns_.clear();
+  const auto take = [&](std::size_t i, bool fold) {
+    if (fold) {
+      items.back().run_end = items_[i].run_end;
+    } else {
+      items.push_back(items_[i]);
+    }
+  };
+  each_chunk(budget, INT64_MAX, take, [&](double used) {
+    spans_.push_back(static_cast<int32_t>(items.size()));
+    span_ns_.push_back(used);
+  });
+  items_.swap(items);
+}
+
+void Planner::cut_into_spans(const CostModel& costs) {
+  const double total = weigh_items(costs);
   const double budget = span_budget(total, num_spans_for(total));
 
-  std::vector<PlanItem> items;
-  std::vector<PlanRun> runs;
+  std::vector<PlanItem>& items = uncut_items_;
+  std::vector<PlanRun>& runs = uncut_runs_;
   items.swap(items_);
   runs.swap(runs_);
+  items_.clear();
+  runs_.clear();
   spans_.assign(1, 0);
   span_ns_.clear();
   double used = 0;
@@ -218,7 +289,9 @@ void Planner::serialise(PlanData& out) const {
   h.num_block_tokens = static_cast<int32_t>(tokens_.size());
   h.num_items = static_cast<int32_t>(items_.size());
   h.num_runs = static_cast<int32_t>(runs_.size());
-  for (const PageSource& source : sources_) h.num_pages += std::max(0, source.end - source.first);
+  if (!request_.resident) {
+    for (const PageSource& source : sources_) h.num_pages += std::max(0, source.end - source.first);
+  }
   h.num_words = static_cast<int32_t>(words_.size());
   h.num_partial_rows = static_cast<int32_t>(counts_.num_partial_rows);
   h.num_merge_rows = static_cast<int32_t>(merge_rows_.size());
@@ -226,12 +299,21 @@ void Planner::serialise(PlanData& out) const {
   h.page_size = core_->page_size();
   h.window = request_.window;
   h.page_limit = core_->store().pages.limit();
+  h.tile_slots = request_.batch_invariant ? request_.target->tile_slots : 0;
   for (const PlanBlock& b : blocks_)
     h.max_block_tokens = std::max(h.max_block_tokens, b.num_tokens);
 
   std::vector<int32_t> pages;
   pages.reserve(h.num_pages);
-  for (const PageSource& source : sources_) append_pages(source, pages);
+  if (!request_.resident) {
+    for (const PageSource& source : sources_) append_pages(source, pages);
+  }
+  const std::size_t bytes = blocks_.size() * sizeof(PlanBlock) + items_.size() * sizeof(PlanItem) +
+                            runs_.size() * sizeof(PlanRun) + words_.size() * sizeof(uint64_t) +
+                            (tokens_.size() + positions_.size() + pages.size() + spans_.size() +
+                             merge_indptr_.size() + merge_rows_.size()) *
+                                sizeof(int32_t);
+  out.buffer.reserve((sizeof(PlanHeader) + bytes) / 8 + 16);  // 16: sections end on whole words
   out.buffer.assign(sizeof(PlanHeader) / 8, 0);
   Writer writer(out.buffer);
   h.off_blocks = writer.section(blocks_);

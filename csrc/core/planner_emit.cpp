@@ -61,6 +61,7 @@ int32_t Planner::source_of_row(int32_t r) {
 
 // Now that it is known which pages runs name: where they are in the plan.
 void Planner::lay_out_pages() {
+  if (request_.resident) return place_lists();
   int32_t next = 0;
   for (PageSource& source : sources_) {
     source.begin = next;
@@ -70,6 +71,30 @@ void Planner::lay_out_pages() {
     if ((runs_[i].kind & kGather) != 0) continue;
     const PageSource& source = sources_[source_of_run_[i]];
     runs_[i].page_begin += source.begin - source.first;
+  }
+}
+
+// Runs index the arena; the device is told of list entries that it does not have yet.
+void Planner::place_lists() {
+  PageArena& arena = core_->store().arena;
+  const Step& step = core_->step();
+  arena.begin_step(step.serial);
+  for (PageSource& source : sources_) {
+    if (source.end <= source.first) continue;
+    const Segment* segment =
+        source.segment == kNone ? nullptr : &core_->store().segments[source.segment];
+    const StepRow* row = source.row < 0 ? nullptr : &step.rows[source.row];
+    ArenaPlace& place = segment != nullptr ? segment->place : row->place;
+    const auto held = segment == nullptr ? 0 : static_cast<int32_t>(segment->pages.size());
+    const int32_t count = held + (row == nullptr ? 0 : row->pages_end - row->pages_begin);
+    arena.fit(place, count);
+    arena.tell(place, count, [&](int32_t i) {
+      return i < held ? segment->pages[i] : step.pages[row->pages_begin + i - held];
+    });
+    source.begin = place.begin;
+  }
+  for (std::size_t i = 0; i < runs_.size(); ++i) {
+    if ((runs_[i].kind & kGather) == 0) runs_[i].page_begin += sources_[source_of_run_[i]].begin;
   }
 }
 
@@ -134,6 +159,10 @@ void Planner::emit_block(const Block& block, const BlockChoice& choice) {
     count_run(runs_[i]);
     if ((runs_[i].kind & kGather) == 0) name_pages(runs_[i], source_of_run_[i]);
   }
+  add_block_tokens();
+}
+
+void Planner::add_block_tokens() {
   blocks_.push_back({static_cast<int32_t>(tokens_.size()), block_count_});
   for (int32_t t = 0; t < block_count_; ++t) {
     const Token& token = block_first_[t];
@@ -304,13 +333,13 @@ void Planner::count_run(const PlanRun& run) {
   }
 }
 
-void Planner::count_unique() {
-  for (const Group& group : groups_.groups) {
+void Planner::count_unique(const Groups& groups) {
+  for (const Group& group : groups.groups) {
     const int64_t slots = group.slots - group.fresh;
     counts_.unique_slots += slots;
     int64_t tokens = 0;
-    for (const RowRange& rows : groups_.rows(group))
-      tokens += groups_.token_begin[rows.end] - groups_.token_begin[rows.begin];
+    for (const RowRange& rows : groups.rows(group))
+      tokens += groups.token_begin[rows.end] - groups.token_begin[rows.begin];
     counts_.tile_unique_slots += (tokens + max_tokens_ - 1) / max_tokens_ * slots;
   }
   if (!groups_.fresh.empty()) count_fresh();

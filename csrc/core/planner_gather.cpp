@@ -6,6 +6,13 @@
 
 namespace fork_attn {
 
+namespace {
+
+// Slots listed in one plan: 12 bytes each, and a step's upload stays below 64 KiB.
+constexpr std::size_t kMostGathered = 1792;
+
+}  // namespace
+
 // Page `at` of a source; see append_pages.
 int32_t Planner::physical_page(const PageSource& source, int32_t at) const {
   if (source.segment != kNone) {
@@ -55,7 +62,8 @@ void Planner::gather_short_runs(int32_t first_run) {
     const int32_t rest = run.num_slots % tile;
     return rest != 0 && rest <= most;
   };
-  if (std::count_if(runs_.begin() + first_run, runs_.end(), is_short) < 2) return;
+  const auto pieces = std::count_if(runs_.begin() + first_run, runs_.end(), is_short);
+  if (pieces < 2 || gather_.size() + pieces * most > kMostGathered) return;
   const auto words_begin = static_cast<int32_t>(words_.size());
   const auto gather_begin = static_cast<int32_t>(gather_.size());
   auto kept = static_cast<std::size_t>(first_run);

@@ -24,8 +24,9 @@ struct RowTensor {
 };
 
 struct TreeAttentionParams {
-  const int64_t* plan;  // see core/plan.h
-  RowTensor q;          // (T, num_q_heads, head_dim), dtype
+  const int64_t* plan;   // see core/plan.h
+  const int32_t* pages;  // what runs index, where that is not in the plan; else null
+  RowTensor q;           // (T, num_q_heads, head_dim), dtype
   PagedTensor k_cache;
   PagedTensor v_cache;
   RowTensor out;         // (T, num_q_heads, head_dim_v), dtype
@@ -45,6 +46,11 @@ struct TreeAttentionParams {
 
 // Rows no item serves get out = 0 and lse = -inf (with sinks: lse = sink).
 void tree_attention(const TreeAttentionParams& params);
+
+// Asks for huge memory pages where the operating system gives them on request: KV pages lie
+// anywhere, and each read of 4 kB would wait for a look-up of its address. To be called before the
+// first write.
+void advise_huge_pages(void* data, int64_t bytes);
 
 // Softmax states: out (num_states, rows, num_heads, dim) and lse (num_states, rows, num_heads),
 // both fp32 contiguous, merged in index order into merged_out (rows, num_heads, dim) and merged_lse

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "fold_state.h"
 #include "softmax_state.h"
 
 namespace fork_attn::cpu {
@@ -27,6 +28,16 @@ RowEnd merge_head(const ForEach& for_each, int32_t dim, const float* sink, float
     for (int32_t d = 0; d < dim; ++d) acc[d] += weight * out[d];
   });
   return end_row(max, sum, sink);
+}
+
+// The same for batch-invariant plans.
+template <class ForEach>
+RowEnd fold_head(const ForEach& for_each, int32_t dim, const float* sink, float* acc) {
+  constexpr float kEmpty = -std::numeric_limits<float>::infinity();
+  float lse = kEmpty;
+  for (int32_t d = 0; d < dim; ++d) acc[d] = 0.0f;
+  for_each([&](const float* out, float next) { fold_state(acc, &lse, out, next, dim); });
+  return end_row(lse, lse == kEmpty ? 0.0f : 1.0f, sink);
 }
 
 }  // namespace fork_attn::cpu

@@ -18,7 +18,7 @@ inline int64_t padded(int64_t n) { return (n + kScratchLanes - 1) / kScratchLane
 // Sections of one thread's scratch, in floats; each begins on 64 bytes. Rows are tokens x query
 // heads of a group.
 struct ScratchLayout {
-  int64_t q, out, max, sum, decay, scores, k_rows, k_columns, v_rows, total;
+  int64_t q, out, max, sum, decay, scores, k_rows, k_columns, v_rows, folded, folded_lse, total;
 
   ScratchLayout(int64_t num_rows, int64_t head_dim, int64_t head_dim_v) {
     const int64_t dim = padded(head_dim);
@@ -32,7 +32,9 @@ struct ScratchLayout {
     k_rows = scores + kChunkRows * kTileSlots;
     k_columns = k_rows + kTileSlots * dim;
     v_rows = k_columns + kTileSlots * dim;
-    total = v_rows + kTileSlots * dim_v;
+    folded = v_rows + kTileSlots * dim_v;
+    folded_lse = folded + num_rows * dim_v;
+    total = folded_lse + padded(num_rows);
   }
 };
 

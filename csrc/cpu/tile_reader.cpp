@@ -17,11 +17,13 @@ int64_t num_slots(const PlanView& plan, const PlanItem& item) {
 
 TileReader::TileReader(const TreeAttentionParams& params, const PlanItem& item, int kv_head)
     : plan_(params.plan),
+      pages_(params.pages != nullptr ? params.pages : plan_.pages()),
       k_(params.k_cache),
       v_(params.v_cache),
       element_size_(element_size(params.kv_dtype)),
       head_k_(kv_head * params.k_cache.head_stride),
       head_v_(kv_head * params.v_cache.head_stride),
+      fixed_(plan_.header().tile_slots > 0),
       run_(item.run_begin),
       left_(num_slots(plan_, item)) {
   const PlanBlock& block = plan_.blocks()[item.block];
@@ -73,12 +75,13 @@ bool TileReader::next(Tile& tile) {
       ++run_;
       j_ = 0;
       enter_run();
+      if (fixed_ && tile.count > 0) break;
       continue;
     }
+    if (tile.count == 0) tile.chunk = run.chunk;
     const bool gathered = (run.kind & kGather) != 0;
     if (gathered) enter_run();
-    const int64_t page =
-        gathered ? plan_.gather()[page_index_] / page_size : plan_.pages()[page_index_];
+    const int64_t page = gathered ? plan_.gather()[page_index_] / page_size : pages_[page_index_];
     const char* k = static_cast<const char*>(k_.data) +
                     (page * k_.page_stride + offset_ * k_.slot_stride + head_k_) * element_size_;
     const char* v = static_cast<const char*>(v_.data) +
@@ -88,7 +91,7 @@ bool TileReader::next(Tile& tile) {
         std::min<int64_t>({together, run.num_slots - j_, left_, kTileSlots - tile.count});
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t word = visibility(run, j_ + i);
-      if (word == 0) continue;
+      if (word == 0 && !fixed_) continue;
       tile.k[tile.count] = k + i * k_.slot_stride * element_size_;
       tile.v[tile.count] = v + i * v_.slot_stride * element_size_;
       tile.words[tile.count++] = word;

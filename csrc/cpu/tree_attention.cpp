@@ -56,6 +56,10 @@ void check(const TreeAttentionParams& params) {
                                 std::to_string(kPlanVersion) + ", got magic " +
                                 std::to_string(h.magic) + ", version " + std::to_string(h.version));
   }
+  if (h.tile_slots != 0 && h.tile_slots != kTileSlots) {
+    throw std::invalid_argument("plan: expected tiles of " + std::to_string(kTileSlots) +
+                                " slots, got " + std::to_string(h.tile_slots));
+  }
   if (params.num_q_heads != params.num_kv_heads * h.group) {
     throw std::invalid_argument("num_q_heads: expected num_kv_heads x the plan's group = " +
                                 std::to_string(params.num_kv_heads) + " x " +
@@ -73,6 +77,7 @@ void merge_row(const TreeAttentionParams& p, const Partials& partials, int64_t r
   const PlanView plan(p.plan);
   const int32_t* first = plan.merge_rows() + plan.merge_indptr()[row];
   const int32_t* end_of_row = plan.merge_rows() + plan.merge_indptr()[row + 1];
+  const bool fold = plan.header().tile_slots > 0;
   for (int32_t head = 0; head < p.num_q_heads; ++head) {
     const auto for_each = [&](const auto& visit) {
       for (const int32_t* partial = first; partial != end_of_row; ++partial) {
@@ -81,7 +86,8 @@ void merge_row(const TreeAttentionParams& p, const Partials& partials, int64_t r
       }
     };
     const float* sink = p.sinks == nullptr ? nullptr : p.sinks + head;
-    const RowEnd end = merge_head(for_each, p.head_dim_v, sink, acc);
+    const RowEnd end = fold ? fold_head(for_each, p.head_dim_v, sink, acc)
+                            : merge_head(for_each, p.head_dim_v, sink, acc);
     T* out = static_cast<T*>(p.out.data) + row * p.out.row_stride + head * p.out.head_stride;
     for (int32_t d = 0; d < p.head_dim_v; ++d) from_float(acc[d] * end.scale, out[d]);
     p.lse[row * p.num_q_heads + head] = end.lse;

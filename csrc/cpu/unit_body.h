@@ -78,6 +78,9 @@ class UnitRunner {
     k_rows_ = scratch + at.k_rows;
     k_columns_ = scratch + at.k_columns;
     v_rows_ = scratch + at.v_rows;
+    folded_ = scratch + at.folded;
+    folded_lse_ = scratch + at.folded_lse;
+    invariant_ = plan_.header().tile_slots > 0;
     for (float& one : ones_) one = 1.0f;
   }
 
@@ -90,7 +93,9 @@ class UnitRunner {
       more = reader.next(tiles[i ^ 1]);
       if (!more) tiles[i ^ 1].count = 0;
       attend_tile(tiles[i], tiles[i ^ 1]);
+      if (invariant_ && more && tiles[i ^ 1].chunk != tiles[i].chunk) end_chunk();
     }
+    if (invariant_) end_last_chunk();
     if (item_.partial_begin >= 0) {
       write_partials();
     } else {
@@ -110,11 +115,38 @@ class UnitRunner {
         widen_row(q, p_.head_dim, width_, q_ + (t * group_ + h) * width_);
       }
     }
+    for (int i = 0; i < num_rows_; ++i) folded_lse_[i] = -kInfinity;
+    begin_softmax();
+  }
+
+  void begin_softmax() {
     for (int i = 0; i < num_rows_; ++i) {
       max_[i] = -kInfinity;
       sum_[i] = 0.0f;
     }
     std::memset(out_, 0, sizeof(float) * num_rows_ * width_v_);
+  }
+
+  void end_chunk() {
+    for (int i = 0; i < num_rows_; ++i) {
+      const RowEnd end = end_row(max_[i], sum_[i], nullptr);
+      float* out = out_ + i * width_v_;
+      // + 0: hidden slots of a tile may have turned -0 to 0.
+      for (int d = 0; d < p_.head_dim_v; ++d) out[d] = out[d] * end.scale + 0.0f;
+      fold_state(folded_ + i * width_v_, &folded_lse_[i], out, end.lse, p_.head_dim_v);
+    }
+    begin_softmax();
+  }
+
+  // What is folded becomes what is written.
+  void end_last_chunk() {
+    end_chunk();
+    for (int i = 0; i < num_rows_; ++i) {
+      if (folded_lse_[i] == -kInfinity) continue;
+      max_[i] = folded_lse_[i];
+      sum_[i] = 1.0f;
+      std::memcpy(out_ + i * width_v_, folded_ + i * width_v_, sizeof(float) * p_.head_dim_v);
+    }
   }
 
   // K and V of the tile as rows of floats: in place where that is what memory holds.
@@ -153,7 +185,7 @@ class UnitRunner {
     prepare_rows(tile);
     prepare_masks(tile);
     prefetch_rows(next.k, next.count, p_.head_dim * sizeof(KV));
-    const bool dot = num_rows_ <= kDotRows;
+    const bool dot = num_rows_ <= kDotRows && !invariant_;  // the two round differently
     if (!dot) transpose_rows(k_, tile.count, width_, k_columns_);
     const int num_vectors = (tile.count + kLanes - 1) / kLanes;
     for (int row = 0; row < num_rows_; row += kChunkRows) {
@@ -288,6 +320,8 @@ class UnitRunner {
   float score_scale_, v_scale_;
   int group_, num_rows_, width_, width_v_;  // widths: head dimensions rounded up to whole vectors
   float *q_, *out_, *max_, *sum_, *decay_, *scores_, *k_rows_, *k_columns_, *v_rows_;
+  float *folded_, *folded_lse_;  // batch-invariant plans: the chunks before this one
+  bool invariant_;
   const float* k_[kTileSlots];
   const float* v_[kTileSlots];
   uint64_t seen_[kMaxBlockTokens];

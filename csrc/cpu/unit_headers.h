@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "fold_state.h"
 #include "numeric.h"
 #include "plan_view.h"
 #include "scratch.h"

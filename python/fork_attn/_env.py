@@ -2,7 +2,12 @@
 
 | variable | meaning |
 |---|---|
-| `FORK_ATTN_BACKEND` | what `backend="auto"` means: `cpu`, `triton` or `reference` |
+| `FORK_ATTN_BACKEND` | what `backend="auto"` means: `cpu`, `triton` or `reference` || `FORK_ATTN_DEBUG` | `poison`: K and V in slots that no branch sees are NaN, so that a wrong read \
+shows; slow. Read when a cache is made |
+| `FORK_ATTN_ZERO_ON_FREE` | `1`: pages are overwritten with zeros before they can be reused. Read \
+when a cache is made |
+| `FORK_ATTN_COSTS` | file of measured costs that `fork-attn calibrate` writes and the planner reads; \
+else `fork_attn/costs.json` in the user's configuration folder |
 """
 
 from __future__ import annotations
@@ -13,3 +18,21 @@ import os
 def default_backend() -> str:
     """The backend that "auto" stands for, or "auto" when the variable is unset."""
     return os.environ.get("FORK_ATTN_BACKEND", "auto") or "auto"
+
+
+def poison() -> bool:
+    """Whether unseen slots hold NaN."""
+    return _choice("FORK_ATTN_DEBUG", {"": False, "poison": True})
+
+
+def zero_on_free() -> bool:
+    """Whether freed pages are overwritten."""
+    return _choice("FORK_ATTN_ZERO_ON_FREE", {"": False, "0": False, "1": True})
+
+
+def _choice(name: str, meanings: dict[str, bool]) -> bool:
+    value = os.environ.get(name, "")
+    if value not in meanings:
+        expected = " or ".join(repr(choice) for choice in meanings)
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return meanings[value]

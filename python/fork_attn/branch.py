@@ -165,6 +165,7 @@ class Branch:
         mode = position if isinstance(position, str) else "given"
         cache._verb().join(self._handle, handles, mode, given, bool(rebase), copy)
         cache._forget(handles)
+        cache._freed()
 
     def watch(self, other: Branch, *, lag: int = 0, rebase: bool = True) -> None:
         """From now on this branch also sees what `other` sees and it does not, and what `other`
@@ -212,6 +213,7 @@ class Branch:
         cache = self.cache
         (handle,) = cache._handles("child", [child])
         cache._forget(cache._verb().select(self._handle, handle))
+        cache._freed()
 
     def crop(self, length: int) -> None:
         """Keeps the first `length` tokens of the context, across forks and joins; position follows
@@ -221,6 +223,7 @@ class Branch:
             ValueError: `length` is not within 0 to the branch's length.
         """
         self.cache._verb().crop(self._handle, integer("length", length, low=0))
+        self.cache._freed()
 
     def _take_back(self, length: int, position: int) -> None:
         """Undoes steps that made the branch longer, even if another one watches it."""
@@ -244,6 +247,7 @@ class Branch:
         if rebase:
             self.cache._require_ropes("excise(rebase=True)")
         self.cache._verb().excise(self._handle, low, high, rebase)
+        self.cache._freed()
 
     def page_table(self) -> torch.Tensor:
         """(num_pages,) int32: the pages of the context in order, token t in slot t % page_size of
@@ -259,7 +263,7 @@ class Branch:
         return torch.tensor(self.cache._core.page_table(self._handle), dtype=torch.int32)
 
     def free(self) -> None:
-        """Releases the branch; pages that no other branch sees return to the pool at once."""
+        """Releases the branch; pages that no other branch sees return to the pool."""
         self.cache.free([self])
 
 

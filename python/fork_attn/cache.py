@@ -8,16 +8,20 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fork_attn import _C, checks, ops
+from fork_attn import _C, checks, ops, ops_flash
 from fork_attn.branch import Branch, make_branch
-from fork_attn.errors import ForeignBranch, StalePlan, Unsupported
+from fork_attn.device_step import Kind, plan_target
+from fork_attn.errors import ForeignBranch, OutOfPages, StalePlan, Unsupported
 from fork_attn.kv_library import DTYPE_CODES
 from fork_attn.plan import Plan
 from fork_attn.quantise import E4M3, check_scale
 from fork_attn.render import render_cache
 from fork_attn.rope import Rope, turn_of, with_rotations
+from fork_attn.scrub import make_scrub
+from fork_attn.staging import PageLists, Staging
 from fork_attn.step import Draft, Step
 from fork_attn.storage import KVStorage, Layer, PerLayer, make_layers
+from fork_attn.streams import OtherStreams
 
 
 class CacheStats(NamedTuple):
@@ -57,8 +61,9 @@ class ForkedKVCache:
         tail: what a writer does with a part-filled page that it shares and cannot go on in: "seal"
             takes a fresh page, "copy" copies it (copy-on-write), which keeps page tables dense.
         backend: see `tree_attention`.
-        batch_invariant: not part of this version.
-        num_workers: workers that plans are balanced for; None means the device's cores.
+        batch_invariant: a row's output and LSE are the same bits whatever else is in the step, and
+            whoever shares its context; somewhat slower (docs/plan.md).
+        num_workers: workers that plans are balanced for; None means the device's cores or SMs.
         rope: how the layers' keys turn with their positions, for `join(rebase=...)`, `watch` and
             `excise(rebase=True)`; None: not known, so that these are refused.
 
@@ -100,15 +105,24 @@ class ForkedKVCache:
             raise TypeError(f"dtype: expected {wanted}, got {dtype}")
         if tail not in ("seal", "copy"):
             raise ValueError(f"tail: expected 'seal' or 'copy', got {tail!r}")
-        if batch_invariant:
-            raise Unsupported("batch_invariant=True is not part of this version")
+        if not isinstance(batch_invariant, bool):
+            got = type(batch_invariant).__name__
+            raise TypeError(f"batch_invariant: expected a bool, got {got}")
+        self.batch_invariant = batch_invariant
         self.dtype = dtype
-        self.device = torch.device(device)
+        self.device = _with_index(torch.device(device))
         self.tail = tail
         self.backend = ops.resolve_backend(backend, self.device)
-        if self.device.type not in ("cpu", "meta"):
-            raise Unsupported(f"device {self.device}: no GPU backend is part of this version")
-        workers = torch.get_num_threads() if num_workers is None else num_workers
+        if batch_invariant and self.backend != "cpu":
+            raise Unsupported(f"batch_invariant=True: backend {self.backend!r} does not promise it")
+        if self.device.type not in ("cpu", "meta", "cuda"):
+            raise Unsupported(f"device {self.device}: expected the CPU, a CUDA device or 'meta'")
+        if self.backend == "flash_attn":
+            ops_flash.require_pages(self.page_size)
+        # Whether page lists stay on the device, and steps are sent there as one upload.
+        self._resident = self.backend == "triton" and self.device.type != "meta"
+        self._target = plan_target(self.device)
+        workers = _default_workers(self.device) if num_workers is None else num_workers
         self.num_workers = checks.integer("num_workers", workers, low=1)
         head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
         self._storage = KVStorage(
@@ -120,6 +134,11 @@ class ForkedKVCache:
             lazy=self._lazy_storage,
         )
         self._core = _C.CacheCore(self.num_pages, self.page_size, tail == "copy")
+        self._lists: PageLists | None = None
+        self._staging = Staging(self.device)
+        self._streams = OtherStreams(self._core)
+        self._scrub = make_scrub(self._core, self._storage)
+        self._own_stream = _current_stream(self.device)
         self._refs: dict[int, weakref.ref[Branch]] = {}
         self._dropped: list[int] = []
         self._step_ref: weakref.ref[Step] | None = None
@@ -155,13 +174,15 @@ class ForkedKVCache:
         """A branch with an empty context."""
         return self._adopt(self._verb().new_branch())
 
-    def step(self, tokens: Mapping[Branch, int | Draft]) -> Step:
+    def step(self, tokens: Mapping[Branch, int | Draft], *, wait: bool = False) -> Step:
         """Reserves slots for new tokens of some branches. Use as `with cache.step({a: 1, b: 3}) as
         step:`.
 
         Args:
             tokens: number of new tokens, or a draft tree, of each branch. The mapping's order is
                 the order of rows.
+            wait: where free pages do not do but pages that other streams still read would, wait
+                for those streams instead of raising (see `record_stream`).
 
         Raises:
             OutOfPages: the pool cannot hold them; nothing was changed.
@@ -169,9 +190,22 @@ class ForkedKVCache:
             StaleBranch, ForeignBranch, StepOpen: what their names say.
         """
         core = self._verb()
+        self._require_known_stream()
         if isinstance(tokens, Mapping):
             tokens = dict(tokens)  # one reading: its order is the order of rows
-        num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
+        if self._streams:
+            self._streams.poll()
+        if self._scrub is not None:
+            self._scrub.run()  # pages that streams gave back
+        try:
+            num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
+        except OutOfPages as e:
+            if not wait or e.needed > e.free + e.pending:
+                raise
+            self._streams.wait(e.needed - e.free)
+            if self._scrub is not None:
+                self._scrub.run()
+            num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
         try:
             step = Step(self, tuple(tokens), num_tokens)
             copies = core.step_copies()
@@ -180,6 +214,7 @@ class ForkedKVCache:
         except BaseException:
             if core.step_open:
                 core.rollback_step()
+                self._freed()
             raise
         self._step_ref = weakref.ref(step)
         return step
@@ -229,9 +264,15 @@ class ForkedKVCache:
         options = ops.check_scores(
             softmax_scale, softcap, sinks, layer.num_q_heads, layer.head_dim, self.device
         )
-        plan = step.plan_for(layer_idx)
+        flash = self.backend == "flash_attn"
+        plan = None if flash else step.plan_for(layer_idx)
         k_cache, v_cache = layer.k_cache, layer.v_cache
         assert k_cache is not None and v_cache is not None
+        if flash:
+            tables = step._flash_tables()
+            self._storage.store(layer, k, v, step.slot_mapping)
+            return ops_flash.attend(q, k_cache, v_cache, tables, layer.window, *options)
+        assert plan is not None
         self._core.enter()
         try:
             self._storage.store(layer, k, v, step.slot_mapping)
@@ -312,6 +353,7 @@ class ForkedKVCache:
         handles = self._handles("branches", branches)
         targets = [checks.integer("indices", i, low=-(2**31)) for i in indices]
         self._verb().reorder(handles, targets)
+        self._freed()
 
     def free(self, branches: Iterable[Branch]) -> None:
         """Releases branches, all or none; pages that no other branch sees return at once.
@@ -322,10 +364,35 @@ class ForkedKVCache:
         handles = self._handles("branches", branches)
         self._verb().free(handles)
         self._forget(handles)
+        self._freed()
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Announces a stream, besides the cache's own, whose work reads or writes the cache's
+        pages.
+
+        Pages freed from now on are not reused before all work that is queued on the stream when
+        they are freed has finished. The cache's own stream is the one that was current when the
+        cache was made; what runs there is in order and waits for nothing. Work on an announced
+        stream is ordered behind the own stream's by the caller, as for any tensor
+        (`stream.wait_stream`).
+
+        Raises:
+            TypeError, ValueError: not a CUDA stream of the cache's device.
+        """
+        if not isinstance(stream, torch.cuda.Stream):
+            raise TypeError(f"stream: expected a torch.cuda.Stream, got {type(stream).__name__}")
+        if stream.device != self.device:
+            raise ValueError(f"stream: expected one of {self.device}, got one of {stream.device}")
+        if stream == self._own_stream:
+            return
+        self._streams.add(stream)
+        self._storage.record_stream(stream)
 
     def stats(self) -> CacheStats:
         """Counts of pages, segments and branches, and the bytes of live KV."""
         self._free_dropped()
+        if self._streams:
+            self._streams.poll()
         counts = self._core.stats()
         pages_live = counts[2]
         return CacheStats(*counts, pages_live * self._storage.page_bytes)
@@ -344,9 +411,32 @@ class ForkedKVCache:
         return render_cache(self)
 
     @property
+    def _page_lists(self) -> PageLists:
+        """The page lists on the device; room for all pages several times over, as lists grow by
+        doubling."""
+        if self._lists is None:
+            self._lists = PageLists(self._core, self.device, max(4096, 8 * self.num_pages))
+        return self._lists
+
+    def _kinds(self) -> list[Kind]:
+        """Layers of one kind share a plan: same sliding window, heads and dims."""
+        layers = self._storage.layers
+        return list(dict.fromkeys((x.window, x.plan_shape(self.dtype)) for x in layers))
+
+    @property
     def _open_step(self) -> Step | None:
         step = self._step_ref() if self._step_ref is not None else None
         return step if step is not None and step.state == "open" else None
+
+    def _require_known_stream(self) -> None:
+        if self._own_stream is None:
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self._own_stream and stream not in self._streams:
+            raise ValueError(
+                f"step: expected the cache's own stream {self._own_stream} or one announced by "
+                f"record_stream, got {stream}"
+            )
 
     def _require_ropes(self, verb: str) -> None:
         """Before a verb that shifts positions: every layer's RoPE must be known."""
@@ -371,6 +461,14 @@ class ForkedKVCache:
             # A select may have freed a branch in the moment before its last reference went.
             self._core.free([handle for handle in dropped if self._core.alive(handle)])
             del self._dropped[: len(dropped)]
+            self._freed()
+
+    def _freed(self) -> None:
+        """Follows every call of the core that may have freed pages."""
+        if self._streams:
+            self._streams.mark()
+        if self._scrub is not None and not self._core.step_open:
+            self._scrub.run()
 
     def _drop(self, handle: int) -> None:
         if self._refs.pop(handle, None) is not None:
@@ -411,6 +509,23 @@ class ForkedKVCache:
         rows = (step.num_tokens, layer.num_kv_heads)
         checks.tensor("k", k, shape=(*rows, layer.head_dim), dtype=dtype, device=self.device)
         checks.tensor("v", v, shape=(*rows, layer.head_dim_v), dtype=dtype, device=self.device)
+
+
+def _default_workers(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.get_num_threads()
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """ "cuda" as the device that it stands for now."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _with_rotations(q: torch.Tensor, layer: Layer, plan: Plan) -> torch.Tensor:

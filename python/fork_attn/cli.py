@@ -1,4 +1,4 @@
-"""The command `fork-attn`: what is installed, a model that forks and joins, plans, measurements."""
+"""The command `fork-attn`: what is installed, models that fork and join, plans, measurements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fork_attn
-from fork_attn import _C, _env, demo, ops, ops_triton, plan_command
+from fork_attn import _C, _env, demo, ops, ops_triton, plan_command, reason_command
 from fork_attn.bench import command as bench_command
 
 _PACKAGES = ("torch", "triton", "transformers", "flash-attn", "numpy")
@@ -56,6 +56,22 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     demo.add_arguments(run_demo)
     run_demo.set_defaults(run=demo.run)
+
+    generate = commands.add_parser(
+        "generate",
+        help="let a model think in threads, and watch it",
+        description="Lets a Hugging Face model think in threads that fork and join.",
+    )
+    reason_command.add_generate_arguments(generate)
+    generate.set_defaults(run=reason_command.run_generate)
+
+    trace = commands.add_parser(
+        "trace",
+        help="show or draw a saved generation",
+        description="Shows the threads of a saved generation, and draws them.",
+    )
+    reason_command.add_trace_arguments(trace)
+    trace.set_defaults(run=reason_command.run_trace)
 
     plan = commands.add_parser(
         "plan",

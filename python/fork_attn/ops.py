@@ -7,14 +7,14 @@ from typing import Literal
 
 import torch
 
-from fork_attn import _C, _env, checks, ops_triton
+from fork_attn import _C, _env, checks, ops_flash, ops_triton
 from fork_attn.errors import Unsupported
 from fork_attn.kv_library import DTYPE_CODES, paged_argument, pointer, rows_argument, where
 from fork_attn.plan import Plan
 
 Backend = Literal["auto", "cpu", "triton", "cuda", "flash_attn", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "cpu", "triton", "cuda", "flash_attn", "reference")
-AVAILABLE: tuple[str, ...] = ("cpu", "triton", "reference")
+AVAILABLE: tuple[str, ...] = ("cpu", "triton", "flash_attn", "reference")
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -51,6 +51,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         raise Unsupported(f"backend 'cpu' cannot attend on {device}")
     if backend == "triton":
         ops_triton.require_triton(device)
+    if backend == "flash_attn":
+        ops_flash.require(device)
     return backend
 
 
@@ -282,6 +284,10 @@ def run_tree_attention(
     Raises:
         Unsupported: the backend cannot do this.
     """
+    if backend == "flash_attn":
+        raise Unsupported(
+            "backend 'flash_attn' reads page tables, which a plan has not: use ForkedKVCache.attend"
+        )
     if backend == "triton":
         ops_triton.check_supported(q, k_cache, v_cache)
         return ops_triton.run(q, k_cache, v_cache, plan, scale, cap, sinks, k_scale, v_scale)

@@ -131,8 +131,11 @@ class _OnDevice:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         head = header(plan.buffer)
-        self.buffer = plan.buffer.to(device)
-        self.pages = sections(plan.buffer).pages.to(device)
+        if plan.on_device is not None:
+            self.buffer, self.pages = plan.on_device.words, plan.on_device.pages
+        else:
+            self.buffer = plan.buffer.to(device)
+            self.pages = sections(plan.buffer).pages.to(device)
         self.num_tokens = head.num_tokens
         self.num_partial_rows = head.num_partial_rows
         self.max_block_tokens = head.max_block_tokens

@@ -24,6 +24,14 @@ class PlanShape:
 
 
 @dataclass(frozen=True, eq=False)
+class PlanOnDevice:
+    """A plan's words on a device, and the page lists there that its runs index."""
+
+    words: torch.Tensor  # (words,) int64
+    pages: torch.Tensor  # (n,) int32
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Which query rows see which slots, as work items; made by `Step`, passed to `tree_attention`.
 
@@ -43,6 +51,8 @@ class Plan:
     # each of a row, moved back by so many positions.
     rotations: torch.Tensor | None = field(repr=False, default=None)
     turns: dict[Any, Any] = field(repr=False, default_factory=dict)  # of rotations, by Rope
+    # Set where page lists stay on the device; `buffer` then has none of its own.
+    on_device: PlanOnDevice | None = field(default=None, repr=False)
 
     @property
     def _slot_bytes(self) -> int:
@@ -118,29 +128,61 @@ def build_plan(
     page_size: int,
     target: str,
     num_workers: int,
+    batch_invariant: bool = False,
 ) -> Plan:
     """The plan of the core's open step for one kind of layer, on a target of the cost table.
 
     Raises:
         ValueError: an unknown target, no workers, a window below 1.
+        Unsupported: `batch_invariant` with contexts that see tokens at shifted positions.
     """
+    data = plan_data(
+        *(core, window, shape, target, num_workers),
+        resident=False,
+        batch_invariant=batch_invariant,
+    )
+    return make_plan(data, shape, page_size, num_workers)
+
+
+def plan_data(
+    core: _C.CacheCore,
+    window: int | None,
+    shape: PlanShape,
+    target: str,
+    num_workers: int,
+    *,
+    resident: bool,
+    batch_invariant: bool = False,
+) -> _C.PlanData:
+    """What `build_plan` wraps; a resident plan's runs index page lists that stay on the device."""
     if window is not None and window < 1:
         raise ValueError(f"window: expected None or at least 1, got {window}")
     group = shape.num_q_heads // shape.num_kv_heads
     sizes = (shape.num_kv_heads, group, shape.head_dim, shape.head_dim_v, shape.itemsize)
-    data = core.build_plan(window or 0, sizes, target, num_workers)
+    return core.build_plan(window or 0, sizes, target, num_workers, batch_invariant, resident)
+
+
+def make_plan(
+    data: _C.PlanData,
+    shape: PlanShape,
+    page_size: int,
+    num_workers: int,
+    on_device: PlanOnDevice | None = None,
+) -> Plan:
+    """A Plan of what the planner made."""
     buffer = torch.frombuffer(data, dtype=torch.int64)
     begin, count = data.rotations
-    words = buffer[begin : begin + count].view(torch.int32).view(count, 2) if count else None
+    words = (buffer if on_device is None else on_device.words)[begin : begin + count]
     return Plan(
         buffer,
         data.counts,
         tuple(data.span_ns),
         data.cost_ns,
         shape,
-        group=group,
+        group=shape.num_q_heads // shape.num_kv_heads,
         page_size=page_size,
         page_limit=data.page_limit,
         num_workers=num_workers,
-        rotations=words,
+        on_device=on_device,
+        rotations=words.view(torch.int32).view(count, 2) if count else None,
     )

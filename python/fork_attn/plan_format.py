@@ -58,6 +58,7 @@ class PlanHeader(NamedTuple):
     off_rotations: int
     num_gather: int
     off_gather: int
+    tile_slots: int
 
 
 class PlanSections(NamedTuple):
@@ -71,7 +72,7 @@ class PlanSections(NamedTuple):
     items: torch.Tensor  # (num_items, 4) int32: block, run_begin, run_end, partial_begin
     runs: torch.Tensor  # (num_runs, 10) int32; columns from 2 on are the fields after the mask
     run_masks: torch.Tensor  # (num_runs,) int64
-    pages: torch.Tensor  # (num_pages,) int32
+    pages: torch.Tensor  # (num_pages,) int32: pages, and slots of SLOT_LIST runs
     words: torch.Tensor  # (num_words,) int64
     gather: torch.Tensor  # (num_gather,) int32: slots of GATHER runs
     spans: torch.Tensor  # (num_spans + 1,) int32: first item of each span, and the end
@@ -90,6 +91,7 @@ class Run(NamedTuple):
     kind: int
     diag: int
     words_begin: int
+    chunk: int
 
 
 def header(buffer: torch.Tensor) -> PlanHeader:
@@ -148,7 +150,7 @@ def sections(buffer: torch.Tensor) -> PlanSections:
 def run_at(plan: PlanSections, index: int) -> Run:
     """Run `index` of the plan."""
     mask = int(plan.run_masks[index]) & (2**64 - 1)
-    return Run(mask, *plan.runs[index, 2:9].tolist())
+    return Run(mask, *plan.runs[index, 2:].tolist())
 
 
 def bits(words: torch.Tensor, count: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from fork_attn import _C
 from fork_attn.cache import ForkedKVCache
 from fork_attn.plan import Plan, build_plan
-from fork_attn.plan_format import PlanSections, header, run_at, sections
+from fork_attn.plan_format import PlanSections, header, run_at, run_slots, sections
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -174,9 +174,7 @@ def item_slots(plan: Plan, parts: PlanSections, item: int) -> torch.Tensor:
     slots = []
     for index in range(run_begin, run_end):
         run = run_at(parts, index)
-        at = torch.arange(run.first_slot, run.first_slot + run.num_slots)
-        pages = parts.pages[run.page_begin + at // plan.page_size].long()
-        slots.append(pages * plan.page_size + at % plan.page_size)
+        slots.append(run_slots(parts, run, plan.page_size))
     return torch.cat(slots)
 
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from fork_attn import ops_flash
 from fork_attn.checks import integer
+from fork_attn.device_step import STEP_TENSORS, upload_step
 from fork_attn.errors import StalePlan
 from fork_attn.plan import Plan, PlanShape, build_plan
 
@@ -58,9 +60,12 @@ class Step:
         position_ids: (T,) int64, position of each row.
         slot_mapping: (T,) int64, where each row's K and V go: page * page_size + slot.
         cu_seqlens_q: (n+1,) int32, each branch's first row, and T.
-        seqlens_k: (n,) int32, tokens that each branch sees once the step commits (all of a draft's
-            counted).
+        seqlens_k: (n,) int32, tokens of each branch's context once the step commits (all of a
+            draft's counted, none that it watches).
         last_indices: (n,) int64, each branch's last row.
+
+    The tensors lie on the cache's device. On a GPU they are sent there with the plans, in one
+    upload, when one of them is first asked for.
     """
 
     branches: tuple[Branch, ...]
@@ -71,23 +76,43 @@ class Step:
         n = len(branches)
         self._cache = cache
         self._num_moved = 0  # accepted draft tokens that lie where commit wants them
+        self._tables: ops_flash.Tables | None = None
         self._plans: dict[tuple[int | None, PlanShape], Plan] = {}
         self.branches = branches
         self.num_tokens = num_tokens
         self.state = "open"
+        if not cache._resident:
+            self._fill()
+
+    def _fill(self) -> None:
+        """Writes the step's tensors: at once on the CPU; with the plans, in one upload, when one is
+        first asked for on a device where page lists stay."""
+        self._require_open("step")
+        cache, n, num_tokens = self._cache, len(self.branches), self.num_tokens
+        if cache._resident:
+            tensors, self._plans = upload_step(cache, num_tokens, n)
+            self.__dict__.update(tensors)
+            return
         wide = torch.empty(2 * num_tokens + n, dtype=torch.int64)
         narrow = torch.empty(2 * n + 1, dtype=torch.int32)
+        at, narrow_at = wide.data_ptr(), narrow.data_ptr()
+        cache._core.fill_step(
+            at, at + 8 * num_tokens, at + 16 * num_tokens, narrow_at, narrow_at + 4 * (n + 1)
+        )
+        self._host_rows = wide, narrow
+        if cache.device.type == "cuda":
+            wide, narrow = cache._storage.sent(wide), cache._storage.sent(narrow)
         self.position_ids, self.slot_mapping, self.last_indices = wide.split(
             (num_tokens, num_tokens, n)
         )
         self.cu_seqlens_q, self.seqlens_k = narrow.split((n + 1, n))
-        cache._core.fill_step(
-            self.position_ids.data_ptr(),
-            self.slot_mapping.data_ptr(),
-            self.last_indices.data_ptr(),
-            self.cu_seqlens_q.data_ptr(),
-            self.seqlens_k.data_ptr(),
-        )
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name not in STEP_TENSORS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._fill()
+        tensor: torch.Tensor = self.__dict__[name]
+        return tensor
 
     def __repr__(self) -> str:
         return f"Step({self.num_tokens} tokens of {len(self.branches)} branches, {self.state})"
@@ -132,10 +157,38 @@ class Step:
         key = (layer.window, shape)
         if key not in self._plans:
             self._require_open("plan_for")
-            self._plans[key] = build_plan(
-                cache._core, layer.window, shape, cache.page_size, "cpu", cache.num_workers
-            )
+            if cache._resident:
+                self._fill()  # again, where a first write showed other heads than were announced
+            else:
+                self._plans[key] = build_plan(
+                    cache._core,
+                    layer.window,
+                    shape,
+                    cache.page_size,
+                    cache._target,
+                    cache.num_workers,
+                    cache.batch_invariant,
+                )
         return self._plans[key]
+
+    def _flash_tables(self) -> ops_flash.Tables:
+        """Dense page tables of the step's branches, made once.
+
+        Raises:
+            NotDense, Unsupported: see `ops_flash.step_tables`.
+        """
+        if self._tables is None:
+            self._require_open("attend")
+            cache, n = self._cache, self.num_tokens
+            wide, narrow = self._host_rows
+            self._tables = ops_flash.step_tables(
+                cache._core,
+                [branch._handle for branch in self.branches],
+                narrow[: len(self.branches) + 1].diff().tolist(),
+                wide[n : 2 * n].tolist(),
+                cache.page_size,
+            ).to(cache.device)
+        return self._tables
 
     def accept(self, path: Sequence[int], branch: Branch | None = None) -> None:
         """Keeps the draft tokens `path` of a branch when the step commits; all others are dropped.
@@ -183,6 +236,7 @@ class Step:
             self._num_moved += len(moves)
         core.commit_step()
         self.state = "committed"
+        self._cache._freed()
 
     def rollback(self) -> None:
         """Gives the reserved slots back; every branch is as it was before the step.
@@ -193,6 +247,7 @@ class Step:
         self._require_open("rollback")
         self._cache._core.rollback_step()
         self.state = "rolled_back"
+        self._cache._freed()
 
     def _require_open(self, verb: str) -> None:
         if self.state != "open":

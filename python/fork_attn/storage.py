@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, Union
 
 import torch
 
-from fork_attn import checks, kv_library  # noqa: F401 - defines the ops
+from fork_attn import _C, checks, kv_library  # noqa: F401 - defines the ops
 from fork_attn.plan import PlanShape
 from fork_attn.quantise import E4M3, calibrate
 from fork_attn.rope import Rope, turn_of
@@ -78,6 +78,8 @@ class KVStorage:
         self.page_size = page_size
         self.dtype = dtype
         self.device = device
+        self._streams: list[torch.cuda.Stream] = []
+        self.fill_new: Callable[[torch.Tensor], None] | None = None  # of a layer's new memory
         if not lazy:
             for layer in layers:
                 self._allocate(layer)
@@ -140,13 +142,25 @@ class KVStorage:
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole pages (from, to) in every layer (copy-on-write)."""
-        pages = torch.tensor(copies, dtype=torch.int32).t().contiguous().to(self.device)
-        torch.ops.fork_attn.copy_pages(self._caches(), *pages)
+        pages = self.sent(torch.tensor(copies, dtype=torch.int32).t().contiguous())
+        torch.ops.fork_attn.copy_pages(self.caches(), *pages)
 
     def move_slots(self, moves: Sequence[tuple[int, int]]) -> None:
         """Moves slots (from, to) in every layer; all are read before any is written."""
-        slots = torch.tensor(moves, dtype=torch.int64).t().contiguous().to(self.device)
-        torch.ops.fork_attn.move_slots(self._caches(), *slots)
+        slots = self.sent(torch.tensor(moves, dtype=torch.int64).t().contiguous())
+        torch.ops.fork_attn.move_slots(self.caches(), *slots)
+
+    def sent(self, host: torch.Tensor) -> torch.Tensor:
+        """On the device, without waiting for it."""
+        if self.device.type == "cuda":
+            host = host.pin_memory()  # torch keeps it until the copy is made
+        return host.to(self.device, non_blocking=True)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """K and V, of layers yet to come too, outlive the work queued on a stream."""
+        self._streams.append(stream)
+        for cache in self.caches():
+            cache.record_stream(stream)
 
     def copy_shifted(self, slots: Sequence[tuple[int, int, int]]) -> None:
         """Copies slots (from, to, positions to move on) in every layer, keys turned; no destination
@@ -176,8 +190,15 @@ class KVStorage:
             ).transpose(1, 2)
             for dim in (layer.head_dim, layer.head_dim_v)
         )
+        for cache in layer.caches():
+            if self.device.type == "cpu":
+                _C.advise_huge_pages(cache.data_ptr(), cache.numel() * cache.element_size())
+            if self.fill_new is not None:
+                self.fill_new(cache)
+            for stream in self._streams:
+                cache.record_stream(stream)
 
-    def _caches(self) -> list[torch.Tensor]:
+    def caches(self) -> list[torch.Tensor]:
         if self.device.type == "meta":
             return []
         return [cache for layer in self.layers for cache in layer.caches()]

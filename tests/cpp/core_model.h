@@ -250,12 +250,14 @@ class Model {
   }
 
   void select(Handle h, Handle child) {
+    const std::vector<Handle> below = descendants(h);
+    // Before the others go: what they wrote stays with those who watch them.
     const ModelBranch chosen = branches.at(child);
-    for (const Handle other : descendants(h)) free(other);
     branches.at(h).tokens = chosen.tokens;
     branches.at(h).places = chosen.places;
     branches.at(h).position = chosen.position;
     branches.at(h).plain = chosen.plain;
+    for (const Handle other : below) free(other);
   }
 
   void reorder(const std::vector<Handle>& handles, const std::vector<int64_t>& indices) {

@@ -18,7 +18,17 @@ class Walk {
   int deepest = 0;
 
   // One operation. Weighted to forks, steps and crops, with more frees as the pool gets crowded.
+  // Where another stream was announced, it marks and finishes epochs in between, in any order.
   void operate() {
+    if (w_.deferring) {
+      if (chance(40)) w_.close_epoch();
+      const bool crowded = w_.core.stats().pages_free < 4;
+      while (!w_.epochs.empty() && chance(crowded ? 70 : 20)) {
+        w_.end_epoch(static_cast<std::size_t>(pick(static_cast<int64_t>(w_.epochs.size()))));
+      }
+    } else if (chance(1)) {
+      w_.announce();
+    }
     const auto count = static_cast<int64_t>(w_.model.branches.size());
     if (count == 0) return new_branch();
     if (count > (deep_ ? 2 * kMaxBranches : kMaxBranches)) return free_some();
@@ -354,6 +364,9 @@ inline void drain(World& w) {
   for (const auto& [h, b] : w.model.branches) all.push_back(h);
   w.core.free(all);
   w.model.branches.clear();
+  w.compare();
+  w.close_epoch();
+  while (!w.epochs.empty()) w.end_epoch(w.epochs.size() - 1);
   w.compare();
   const CoreStats stats = w.core.stats();
   EXPECT_EQ(stats.pages_free, stats.pages_total);

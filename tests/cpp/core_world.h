@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <map>
 #include <new>
 #include <optional>
 #include <set>
@@ -60,6 +61,9 @@ class World {
   CacheCore core;
   Model model;
   std::vector<uint64_t> memory;
+  std::vector<int64_t> epochs;                         // closed, and their pages still pending
+  std::map<int32_t, std::vector<uint64_t>> in_flight;  // what other streams read in pending pages
+  bool deferring = false;
   int64_t allocating = 0;  // steps that asked for pages, and how many of them got none
   int64_t out_of_pages = 0;
 
@@ -117,7 +121,7 @@ class World {
     inside();
     if (!commit) {
       core.rollback_step();
-      EXPECT(core.digest() == before);
+      EXPECT(deferring || core.digest() == before);  // pending pages are not free
       return true;
     }
     close_step(rows, first_id);
@@ -163,14 +167,49 @@ class World {
     return false;
   }
 
+  // Another stream is announced: what is freed from now on waits.
+  void announce() {
+    deferring = true;
+    expect("defer_frees", std::nullopt, [&] { core.defer_frees(); }, [] {});
+  }
+
+  void close_epoch() {
+    const int64_t epoch = core.close_epoch();
+    if (epoch != 0) epochs.push_back(epoch);
+    EXPECT_EQ(core.close_epoch(), 0);
+  }
+
+  // The other streams finish with the i-th closed epoch: they read what was there when it was
+  // freed.
+  void end_epoch(std::size_t i) {
+    const int64_t epoch = epochs[i];
+    epochs.erase(epochs.begin() + static_cast<std::ptrdiff_t>(i));
+    std::vector<int32_t> pages;
+    for (const PendingPage& p : core.store().pages.pending()) {
+      if (p.epoch == epoch) pages.push_back(p.page);
+    }
+    EXPECT(!pages.empty());
+    const int64_t free = core.stats().pages_free;
+    core.end_epoch(epoch);
+    EXPECT_EQ(core.stats().pages_free, free + static_cast<int64_t>(pages.size()));
+    for (const int32_t page : pages) {
+      EXPECT(bytes_of(page) == in_flight.at(page));
+      in_flight.erase(page);
+    }
+  }
+
   void compare() {
     core.check();
+    for (const PendingPage& p : core.store().pages.pending()) {
+      in_flight.try_emplace(p.page, bytes_of(p.page));
+    }
+    EXPECT_EQ(core.stats().pages_pending, static_cast<int64_t>(in_flight.size()));
     std::map<int64_t, int> readers;  // of each page
     EXPECT_EQ(core.stats().branches, static_cast<int64_t>(model.branches.size()));
     for (const auto& [h, want] : model.branches) compare_branch(h, want, readers);
     const CoreStats stats = core.stats();
     EXPECT_EQ(stats.pages_live, static_cast<int64_t>(readers.size()));
-    EXPECT_EQ(stats.pages_free + stats.pages_live, stats.pages_total);
+    EXPECT_EQ(stats.pages_free + stats.pages_live + stats.pages_pending, stats.pages_total);
     int64_t shared = 0;
     for (const auto& [page, count] : readers) shared += count > 1;
     EXPECT_EQ(stats.pages_shared, shared);
@@ -257,6 +296,10 @@ class World {
   void check_shortage(const std::vector<RowPlan>& rows) {
     EXPECT(last_error->needed > core.stats().pages_free);
     EXPECT_EQ(last_error->free, core.stats().pages_free);
+    EXPECT_EQ(last_error->pending, core.stats().pages_pending);
+    const bool waiting_would_do = last_error->needed <= last_error->free + last_error->pending;
+    EXPECT_EQ(std::string(last_error->what()).find("wait=True") != std::string::npos,
+              waiting_would_do);
     const int64_t copied = core.tail() == TailPolicy::kCopy ? core.page_size() - 1 : 0;
     int64_t most = 0;
     for (const RowPlan& r : rows) {
@@ -314,6 +357,7 @@ class World {
       EXPECT(slot >= 0 && slot < static_cast<int64_t>(memory.size()));
       EXPECT(taken.insert(slot).second);  // nobody sees it, and no other row writes it
     }
+    for (const int32_t page : step.pages) EXPECT(in_flight.count(page) == 0);
     std::size_t row = 0;
     for (const RowPlan& r : rows) {
       const std::size_t first = row;
@@ -351,6 +395,11 @@ class World {
     }
     commit();
     for (std::size_t i = 0; i < rows.size(); ++i) model.append(rows[i].branch, kept[i]);
+  }
+
+  std::vector<uint64_t> bytes_of(int32_t page) const {
+    const auto at = memory.begin() + static_cast<std::ptrdiff_t>(page) * core.page_size();
+    return {at, at + core.page_size()};
   }
 
   virtual void accept(int64_t row, const std::vector<int32_t>& path) { core.accept(row, path); }

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("demo"),
         metavar="DIR",
-        help="where trace.json and tree.svg are written (default: demo)",
+        help="where the trace and its pictures are written (default: demo)",
     )
     parser.add_argument(
         "--no-compare", action="store_true", help="do not measure stock transformers for comparison"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fork_attn.demo.decode import Sampling, Watch, Written, decode
+from fork_attn.demo.decode import Sampling, Written, decode
 from fork_attn.demo.threads import Round, Script
 
 if TYPE_CHECKING:
@@ -43,14 +43,13 @@ def one_by_one(
     prompt: DynamicCache,
     script: Script,
     sampling: Sampling,
-    watch: Watch | None = None,
 ) -> Round:
     """A copy of the prompt's cache per thread, one thread decoded after the other."""
     began = time.perf_counter()
     caches = [copy.deepcopy(prompt) for _ in script.openings]
     forked = time.perf_counter()
     written = tuple(
-        decode(_Single(model, cache), {lane: ids}, script.thread_ending, sampling, watch)[lane]
+        decode(_Single(model, cache), {lane: ids}, script.thread_ending, sampling)[lane]
         for lane, (cache, ids) in enumerate(zip(caches, script.opening_ids, strict=True))
     )
     decoded = time.perf_counter()
@@ -63,7 +62,6 @@ def in_one_batch(
     prompt: DynamicCache,
     script: Script,
     sampling: Sampling,
-    watch: Watch | None = None,
 ) -> Round:
     """The prompt's cache copied into a row per thread, all rows decoded together.
 
@@ -78,7 +76,6 @@ def in_one_batch(
         dict(enumerate(script.opening_ids)),
         script.thread_ending,
         sampling,
-        watch,
     )
     decoded = time.perf_counter()
     written = tuple(lanes[lane] for lane in range(len(lanes)))

@@ -111,8 +111,6 @@ def compare(
 
 
 def _fork_attn(session: Session, root: Branch, script: Script, sampling: Sampling) -> Round:
-    result, parent, children, _ = fork_round(session, root, script, sampling)
-    for branch in (parent, *children):
-        session.fed.pop(branch, None)
+    result, parent, _ = fork_round(session, root, script, sampling)
     session.cache.free([parent])
     return result

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-
-from fork_attn.demo.trace import Finish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,8 +14,7 @@ if TYPE_CHECKING:
 Forward = Callable[[Mapping[int, Sequence[int]]], torch.Tensor]
 """Feeds token ids to lanes; gives (n, vocab) logits after each lane's last token, in order."""
 
-Watch = Callable[[int, Sequence[int]], None]
-"""Called with a lane and all that it has generated so far, once per new token."""
+Finish = Literal["sentence", "line", "eos", "budget"]
 
 _LINE_TOKENS = 4  # a line break before this many tokens only starts the text
 
@@ -90,9 +87,6 @@ def decode(
     given: Mapping[int, Sequence[int]],
     ending: Ending,
     sampling: Sampling,
-    watch: Watch | None = None,
-    *,
-    first: torch.Tensor | None = None,
 ) -> dict[int, Written]:
     """Lets lanes write together until each has ended; a lane that has ended leaves the batch.
 
@@ -101,8 +95,6 @@ def decode(
         given: per lane the tokens that it is given, at least one.
         ending: when a lane ends.
         sampling: how tokens are picked.
-        watch: told of each new token.
-        first: (n, vocab) logits after `given` where that was fed already; None feeds it here.
 
     Returns:
         What each lane wrote; the last token of each is not fed.
@@ -110,14 +102,12 @@ def decode(
     written = {lane: Written() for lane in given}
     generators = {lane: sampling.generator(lane) for lane in given}
     feed: dict[int, Sequence[int]] = dict(given)
-    logits = forward(feed) if first is None else first
+    logits = forward(feed)
     while True:
         going: dict[int, Sequence[int]] = {}
         for lane, row in zip(feed, logits, strict=True):
             text = written[lane]
             text.token_ids.append(sampling.pick(row, generators[lane]))
-            if watch is not None:
-                watch(lane, text.token_ids)
             finish = ending.finish(text.token_ids)
             if finish is None:
                 going[lane] = text.token_ids[-1:]

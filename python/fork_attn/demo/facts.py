@@ -80,7 +80,6 @@ def ask(session: Session, facts: tuple[Fact, ...] = FACTS) -> Answers:
         _first_line(session.decode(written[lane].token_ids)) for lane in range(len(askers))
     )
     cache.free([root, unjoined, *askers])
-    session.fed.clear()
     return Answers(facts, answers[: len(facts)], answers[len(facts) :])
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
-from dataclasses import replace
+import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from transformers import GenerationConfig
 
 import fork_attn.hf as hf
-from fork_attn import Branch
-from fork_attn.demo import baseline, facts, picture, report, trace, weights
+from fork_attn import reason
+from fork_attn.demo import baseline, facts, report, weights
 from fork_attn.demo.compare import METHODS, ROUNDS, Measured, compare
-from fork_attn.demo.decode import Sampling, Watch
+from fork_attn.demo.decode import Sampling
 from fork_attn.demo.progress import Reporter
 from fork_attn.demo.session import Session
-from fork_attn.demo.threads import PROMPT, Script, think, write_script
+from fork_attn.demo.threads import PROMPT, Aspects, Script, write_script
+from fork_attn.reason_command.live import Live
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,55 +93,18 @@ def show(
         answers = facts.ask(session)
     report.print_answers(console, answers)
 
-    console.rule("Four threads think about one prompt, and join", align="left")
-    record, measured = _think(
-        reporter, session, stock, script, Sampling(args.temperature, args.seed)
-    )
-    console.print()
-    report.print_tree(console, record)
-    console.rule("What it took", align="left")
-    report.print_path(console, record)
+    console.rule("A protocol: four threads think about one prompt, and join", align="left")
+    sampling = Sampling(args.temperature, args.seed)
+    record = _think(reporter, session, script, sampling)
+    record.show(console)
+    measured = [] if stock is None else _compare(reporter, session, stock, script, sampling)
     if measured:
-        report.print_comparison(console, measured, record)
-
-    trace.save(record, args.out / "trace.json")
-    (args.out / "tree.svg").write_text(picture.draw(record), encoding="utf-8")
-    console.print(
-        f"Written: {args.out / 'trace.json'} and the picture {args.out / 'tree.svg'}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+        console.rule("What it took", align="left")
+        dtype = str(cache.dtype).removeprefix("torch.")
+        report.print_comparison(console, measured, dtype)
+    _write(console, args.out, record, measured)
     _print_score(console, answers)
     return 0 if answers.passed else 1
-
-
-def _write(
-    reporter: Reporter, session: Session, root: Branch, script: Script, sampling: Sampling
-) -> trace.Trace:
-    """Threads, join and conclusion, shown as they grow."""
-    n = len(script.openings)
-    with ExitStack() as shown:
-        threads = reporter.texts(
-            f"{n} threads in one batch",
-            script.openings,
-            session.decode,
-            script.thread_ending.max_tokens,
-        )
-
-        def on_join() -> Watch:
-            shown.close()
-            conclusion = shown.enter_context(
-                reporter.texts(
-                    "the conclusion",
-                    [script.closing.strip()],
-                    session.decode,
-                    script.conclusion_ending.max_tokens,
-                )
-            )
-            return lambda _, token_ids: conclusion(0, token_ids)
-
-        return think(session, root, script, sampling, shown.enter_context(threads), on_join)
 
 
 def _print_score(console: Console, answers: facts.Answers) -> None:
@@ -150,25 +115,50 @@ def _print_score(console: Console, answers: facts.Answers) -> None:
 
 
 def _think(
-    reporter: Reporter,
-    session: Session,
-    stock: PreTrainedModel | None,
-    script: Script,
-    sampling: Sampling,
-) -> tuple[trace.Trace, list[Measured]]:
+    reporter: Reporter, session: Session, script: Script, sampling: Sampling
+) -> reason.Trace:
+    """Threads, join and conclusion, shown as they grow."""
+    config = GenerationConfig(
+        do_sample=sampling.temperature > 0, temperature=sampling.temperature or None
+    )
+    events = reason.stream(
+        session.model, session.tokenizer, script.prompt, protocol=Aspects(script),
+        sampling=config, seed=sampling.seed,
+    )  # fmt: skip
+    with closing(events), Live(reporter.console) as live:
+        record = live.watch(events)
+    note = f"{record.total_tokens} tokens, {record.seconds:.1f} s"
+    reporter.done(f"{len(script.openings)} threads in one batch, and a conclusion", note)
+    return record
+
+
+def _compare(
+    reporter: Reporter, session: Session, stock: PreTrainedModel, script: Script, sampling: Sampling
+) -> list[Measured]:
     root = session.cache.new_branch()
-    with reporter.phase(f"reading the prompt, {len(script.prompt_ids)} tokens"):
-        session.forward({root: script.prompt_ids})
-    record = _write(reporter, session, root, script, sampling)
-    measured: list[Measured] = []
-    if stock is not None:
-        with reporter.phase(
-            "the same again, beside stock transformers", ROUNDS * len(METHODS)
-        ) as at:
-            measured = compare(
-                session, stock, root, script, sampling,
-                on_round=lambda method, number: at(f"round {number + 1} of {ROUNDS}: {method}"),
-            )  # fmt: skip
-        record = replace(record, measurements={m.method: m.to_dict() for m in measured})
+    session.forward({root: script.prompt_ids})
+    with reporter.phase(
+        "the threads again, beside stock transformers", ROUNDS * len(METHODS)
+    ) as at:
+        measured = compare(
+            session, stock, root, script, sampling,
+            on_round=lambda method, number: at(f"round {number + 1} of {ROUNDS}: {method}"),
+        )  # fmt: skip
     session.cache.free([root])
-    return record, measured
+    return measured
+
+
+def _write(console: Console, out: Path, record: reason.Trace, measured: list[Measured]) -> None:
+    """The trace, its views, and what was measured."""
+    record.save(out / "trace.json")
+    record.plot(out / "threads.svg")
+    record.plot(out / "threads.html")
+    record.timeline(out / "timeline.json")
+    names = ["trace.json", "threads.svg", "threads.html", "timeline.json"]
+    if measured:
+        figures = {m.method: m.to_dict() for m in measured}
+        (out / "comparison.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        names.append("comparison.json")
+    console.print(
+        f"Written to {out}: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True
+    )

@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 
 from fork_attn.demo.compare import Measured
 from fork_attn.demo.facts import Answers, Fact
-from fork_attn.demo.progress import LANE_COLOURS
-from fork_attn.demo.trace import Node, Trace
-
-_UNFINISHED = {"budget": " …"}
 
 
 def print_answers(console: Console, answers: Answers) -> None:
@@ -33,47 +28,7 @@ def _answer(fact: Fact, text: str) -> Text:
     return Text(f"{'✓' if right else '✗'} {text}", style="green" if right else "red")
 
 
-def print_tree(console: Console, trace: Trace) -> None:
-    """Who wrote what after whom."""
-    prompt = trace.prompt
-    tree = Tree(
-        _node_text(prompt, prompt.label, "", "bold", f"{len(prompt.pages)} pages, stored once")
-    )
-    for index, node in enumerate(trace.threads):
-        colour = LANE_COLOURS[index % len(LANE_COLOURS)]
-        tree.add(_node_text(node, node.label, node.text, f"bold {colour}", _span(node)))
-    end = trace.conclusion
-    seen = f"{_span(end)}, sees the prompt and all {len(trace.threads)} threads"
-    tree.add(_node_text(end, "join: " + end.label, end.text, "bold cyan", seen))
-    console.print(tree)
-
-
-def _span(node: Node) -> str:
-    return f"positions {node.position} to {node.end - 1}"
-
-
-def _node_text(node: Node, label: str, text: str, style: str, note: str) -> Text:
-    body = text.strip().removeprefix(label.removeprefix("join: ").strip())
-    words = " ".join(body.split()) + _UNFINISHED.get(node.finish, "")
-    head = Text.assemble((label, style), (f"  {len(node.token_ids)} tokens, {note}", "dim"))
-    return Text.assemble(head, "\n", words.strip()) if words.strip() else head
-
-
-def print_path(console: Console, trace: Trace) -> None:
-    """Tokens one after another against tokens in all, and pages."""
-    console.print(
-        f"[bold]{trace.total_tokens}[/] tokens written, [bold]{trace.critical_path_tokens}[/] of "
-        f"them one after another: {trace.parallel_degree:.1f} at a time on average.",
-        highlight=False,
-    )
-    console.print(
-        f"[bold]{trace.pages_stored}[/] KV pages of {trace.page_size} tokens hold all of it; "
-        f"{trace.pages_with_copies} if every context were stored by itself.",
-        highlight=False,
-    )
-
-
-def print_comparison(console: Console, measured: Sequence[Measured], trace: Trace) -> None:
+def print_comparison(console: Console, measured: Sequence[Measured], dtype: str) -> None:
     """Speed and memory of the same threads with and without fork-attn."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
@@ -91,7 +46,7 @@ def print_comparison(console: Console, measured: Sequence[Measured], trace: Trac
     same = all(m.token_ids == measured[0].token_ids for m in measured)
     verdict = "All write the same tokens." if same else "[yellow]Not all write the same tokens.[/]"
     console.print(
-        f"[dim]{trace.dtype} on the CPU, {_medians(rounds)}. Stock copies the prompt's cache "
+        f"[dim]{dtype} on the CPU, {_medians(rounds)}. Stock copies the prompt's cache "
         "for every thread (batched: a row each, padded) and reads the threads again to conclude."
         f"[/] {verdict}",
         highlight=False,

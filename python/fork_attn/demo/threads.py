@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fork_attn import Branch
-from fork_attn.demo.decode import Ending, Sampling, Watch, Written, decode
-from fork_attn.demo.session import Fed, Session
-from fork_attn.demo.trace import Finish, Node, Trace, page_runs
+from fork_attn import Branch, hf
+from fork_attn.demo.decode import Ending, Sampling, Written, decode
+from fork_attn.demo.session import Session
+from fork_attn.reason import Ended, Protocol, Thread, together
+from fork_attn.reason import Script as ThreadScript
 
 if TYPE_CHECKING:
     import torch
@@ -112,13 +112,12 @@ class Round:
 
 
 def fork_round(
-    session: Session, root: Branch, script: Script, sampling: Sampling, watch: Watch | None = None
-) -> tuple[Round, Branch, list[Branch], torch.Tensor]:
+    session: Session, root: Branch, script: Script, sampling: Sampling
+) -> tuple[Round, Branch, torch.Tensor]:
     """Forks threads off `root`, which stays as it is, decodes them in one batch and joins them.
 
     Returns:
-        The round, the branch that joined, the branches that it joined (freed, but keys of
-        `session.fed`), and the (1, vocab) logits that follow the closing words.
+        The round, the branch that joined, and the (1, vocab) logits that follow the closing words.
     """
     began = time.perf_counter()
     (parent,) = root.fork()
@@ -129,19 +128,17 @@ def fork_round(
         dict(enumerate(script.opening_ids)),
         script.thread_ending,
         sampling,
-        watch,
     )
     decoded = time.perf_counter()
     kv_bytes = session.cache.stats().kv_bytes
     resumed_from = time.perf_counter()
     written = tuple(lanes[lane] for lane in range(len(children)))
     pending = {
-        child: text.pending for child, text in zip(children, written, strict=True) if text.pending
+        child: text.pending[0]
+        for child, text in zip(children, written, strict=True)
+        if text.pending
     }
-    # What fork_attn.hf.join(pending=...) does; here in two calls, so that the trace sees the slots.
-    if pending:
-        session.forward(pending)
-    parent.join(children)
+    hf.join(parent, children, pending=pending)
     logits = session.forward({parent: script.closing_ids})
     resumed = time.perf_counter()
     result = Round(
@@ -152,72 +149,36 @@ def fork_round(
         read_again=0,
         kv_bytes=kv_bytes,
     )
-    return result, parent, children, logits
+    return result, parent, logits
 
 
-def think(
-    session: Session,
-    root: Branch,
-    script: Script,
-    sampling: Sampling,
-    watch: Watch | None = None,
-    on_join: Callable[[], Watch | None] = lambda: None,
-) -> Trace:
-    """The whole script: threads, join, conclusion. Frees all but `root`, which holds the prompt.
+@dataclass(frozen=True)
+class Aspects(Protocol):
+    """The script as a protocol: a thread for each opening, a union join, the conclusion."""
 
-    Args:
-        session: the model.
-        root: a branch that has been fed the script's prompt through the session.
-        script: the texts.
-        sampling: how tokens are picked; the conclusion is lane n of n threads.
-        watch: told of the threads' tokens.
-        on_join: called at the join; what it returns is told of the conclusion's tokens.
-    """
-    result, parent, children, logits = fork_round(session, root, script, sampling, watch)
-    lane = len(children)
-    conclusion = decode(
-        lambda tokens: session.forward({parent: tokens[lane]}),
-        {lane: script.closing_ids},
-        script.conclusion_ending,
-        sampling,
-        on_join(),
-        first=logits,
-    )[lane]
-    if conclusion.pending:
-        session.forward({parent: conclusion.pending})
-    fed = [session.fed.pop(branch) for branch in (*children, parent)]
-    fed.insert(0, session.fed[root])
-    session.cache.free([parent])
-    return Trace(
-        model=session.name,
-        dtype=str(session.cache.dtype).removeprefix("torch."),
-        sampling=str(sampling),
-        page_size=session.cache.page_size,
-        nodes=_nodes(session, script, fed, [*result.written, conclusion]),
-    )
+    script: Script
+    name: str = "aspects"
+
+    def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+        return list(self.script.prompt_ids)
+
+    def run(self, root: Thread) -> ThreadScript:
+        script = self.script
+        threads = yield from root.fork(len(script.openings), labels=script.openings)
+        for thread, ids in zip(threads, script.opening_ids, strict=True):
+            thread.inject(ids)
+        yield from together([_text(thread, script.thread_ending) for thread in threads])
+        yield from root.join(threads, label="conclusion")
+        root.inject(script.closing_ids)
+        yield from _text(root, script.conclusion_ending)
 
 
-def _nodes(
-    session: Session, script: Script, fed: Sequence[Fed], written: Sequence[Written]
-) -> tuple[Node, ...]:
-    n = len(script.openings)
-    labels = [script.prompt, *script.openings, script.closing.strip()]
-    given = [script.prompt_ids, *script.opening_ids, script.closing_ids]
-    finish: list[Finish] = ["read", *(text.finish for text in written)]
-
-    def node(index: int, record: Fed) -> Node:
-        return Node(
-            id=index,
-            kind="prompt" if index == 0 else "conclusion" if index > n else "thread",
-            label=labels[index],
-            parents=tuple(range(index)) if index > n else (0,) if index else (),
-            position=record.position,
-            token_ids=tuple(record.token_ids),
-            given=len(given[index]),
-            text=session.decode(record.token_ids),
-            pages=page_runs(record.slots, session.cache.page_size),
-            finish=finish[index],
-            steps=(record.calls[0], record.calls[-1]),
-        )
-
-    return tuple(node(index, record) for index, record in enumerate(fed))
+def _text(thread: Thread, ending: Ending) -> ThreadScript:
+    """Writes until a line's end, or a sentence's from the ending's fewest tokens on."""
+    ended: Ended = yield from thread.write(texts=("\n",), max_tokens=ending.min_tokens)
+    if ended.reason == "limit" and ended.note == "max_tokens":
+        rest = ending.max_tokens - ending.min_tokens
+        ended = yield from thread.write(texts=("\n", ".", "!", "?"), max_tokens=rest)
+    if ended.reason == "eos":
+        thread.drop_pending()
+    return ended

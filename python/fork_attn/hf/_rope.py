@@ -45,8 +45,8 @@ def find_ropes(model: weakref.ref[PreTrainedModel], name: str, num_layers: int) 
         if rope is None:
             raise Unsupported(
                 f"model: queries and keys of layer {layer} of {name} do not turn with their "
-                f"positions by any of its {len(frequencies)} tables of RoPE frequencies, as with learned or "
-                "absolute positions; they cannot be moved"
+                f"positions by any of its {len(frequencies)} tables of RoPE frequencies, as with "
+                "learned or absolute positions; they cannot be moved"
             )
         ropes.append(rope)
     return ropes

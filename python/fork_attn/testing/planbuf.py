@@ -238,6 +238,7 @@ def _serialise(
         num_rotations=len(rotations),
         num_gather=len(lists.gather),
         **({} if "q_rows" in parts else {"off_q_rows": offsets["off_tokens"]}),
+        tile_slots=0,
         **sizes,
         **offsets,
     )

@@ -1,0 +1,128 @@
+"""How the search of a problem is written down, in two ways, and as training examples.
+
+*Parallel*, in Multiverse's tags (arXiv 2506.09991): where two or more pairs could be put together
+first, the search forks into one path for each; where there is only one, it goes on without a fork.
+That is what the model learns to decide. *Serial* is the same search with the same words, one pair
+after another, which stops at the first solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from task import OPERATORS, Problem, apply, first_pairs
+
+from fork_attn.reason.training import Packer, TrainingExample
+
+TAGS = (
+    "<Parallel>", "<Goal>", "<Outline>", "</Outline>", "</Goal>", "<Path>", "</Path>",
+    "<Conclusion>", "</Conclusion>", "</Parallel>",
+)  # fmt: skip
+EOS = "<eos>"
+ANSWER = "answer"
+Encode = Callable[[Sequence[str]], list[int]]
+
+
+def search_pair(
+    pair: tuple[int, int], rest: Sequence[int], target: int
+) -> tuple[list[str], list[str]]:
+    """Everything that begins with that pair, up to the first solution.
+
+    Returns:
+        The words of the search, and those of the solution, empty if there is none.
+    """
+    words: list[str] = []
+    a, b = pair
+    for first in OPERATORS:
+        result = apply(first, a, b)
+        head = [str(a), first, str(b), "=", "out" if result is None else str(result)]
+        words += head
+        if result is None:
+            continue
+        if not rest:
+            if result == target:
+                return [*words, "hit"], head
+            continue
+        (c,) = rest
+        for second in OPERATORS:
+            value = apply(second, result, c)
+            tail = [str(result), second, str(c), "=", "out" if value is None else str(value)]
+            words += tail
+            if value == target:
+                return [*words, "hit"], [*head, *tail]
+    return [*words, "miss"], []
+
+
+def serial_words(problem: Problem) -> list[str]:
+    """What the serial model writes."""
+    words: list[str] = []
+    for pair, rest in first_pairs(problem.numbers):
+        search, solution = search_pair(pair, rest, problem.target)
+        words += ["try", *search]
+        if solution:
+            return [*words, ANSWER, *solution, EOS]
+    return [*words, ANSWER, "none", EOS]
+
+
+def serial_example(problem: Problem, encode: Encode) -> TrainingExample:
+    packer = Packer()
+    prompt = packer.add(encode(problem.words), position=0, generated=False)
+    packer.add(encode(serial_words(problem)), position=prompt.stop, sees=[prompt])
+    return packer.build()
+
+
+def parallel_example(problem: Problem, encode: Encode) -> TrainingExample:
+    """All paths start at one position and do not see each other; the conclusion sees them all.
+
+    `<Path>`, its number and `<Conclusion>` are injected by the engine: they have no loss.
+    """
+    pairs = first_pairs(problem.numbers)
+    if len(pairs) == 1:
+        return serial_example(problem, encode)
+    packer = Packer()
+    prompt = packer.add(encode(problem.words), position=0, generated=False)
+    goal = packer.add(encode(goal_words(problem)), position=prompt.stop, sees=[prompt])
+    paths, answer = [], ["none"]
+    for number, (pair, rest) in enumerate(pairs, start=1):
+        search, solution = search_pair(pair, rest, problem.target)
+        if solution and answer == ["none"]:
+            answer = solution
+        words = ["<Path>", f"{number}:", *search, "</Path>"]
+        flags = [False, False] + [True] * (len(words) - 2)
+        paths.append(
+            packer.add(
+                encode(words), position=prompt.stop + len(goal), sees=[prompt, goal],
+                generated=flags,
+            )
+        )  # fmt: skip
+    words = ["<Conclusion>", ANSWER, *answer, "</Conclusion>", "</Parallel>", EOS]
+    packer.add(
+        encode(words),
+        position=prompt.stop + len(goal) + max(map(len, paths)),
+        sees=[prompt, goal, *paths],
+        generated=[False] + [True] * (len(words) - 1),
+    )
+    return packer.build()
+
+
+def goal_words(problem: Problem) -> list[str]:
+    """The opening of a fork: one outline for each pair."""
+    outlines = [
+        word
+        for number, ((a, b), _) in enumerate(first_pairs(problem.numbers), start=1)
+        for word in ("<Outline>", f"{number}:", str(a), str(b), "</Outline>")
+    ]
+    return ["<Parallel>", "<Goal>", *outlines, "</Goal>"]
+
+
+def answer_of(words: Sequence[str]) -> list[str]:
+    """The words of the last answer in a generated text."""
+    if ANSWER not in words:
+        return []
+    start = len(words) - list(words)[::-1].index(ANSWER)
+    answer = []
+    for word in words[start:]:
+        if word.startswith("<"):
+            break
+        answer.append(word)
+    return answer

@@ -1,0 +1,330 @@
+"""Fixed-capacity buffers for steps: one captured call serves every topology that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fork_attn import _C, checks, ops
+from fork_attn.errors import PlanCapacityExceeded, Unsupported
+from fork_attn.kv_library import DTYPE_CODES, paged_argument, rows_argument
+from fork_attn.plan import PlanShape, plan_data
+from fork_attn.staging import Layout, News, Staging
+
+if TYPE_CHECKING:
+    from fork_attn.cache import ForkedKVCache
+    from fork_attn.step import Step
+    from fork_attn.storage import Layer
+
+_NEWS_BYTES = 16 * 1024  # room behind a plan for what is new in page lists; more goes by itself
+
+
+class PlanBuffers:
+    """Where a step's tensors and plans lie at addresses that never change.
+
+    `update` writes a step there, `attend` reads everything from there, counts included: what was
+    captured into a CUDA graph once serves whatever step was written last. Rows beyond the step's
+    are padding: they store nothing, see nothing and give zeros. One stream at a time.
+
+    Args:
+        cache: on the CPU, or on a CUDA device.
+        max_tokens: rows of a step, at most.
+        max_plan_bytes: of the plan of one kind of layer; None: 16 KiB and 512 bytes a row.
+        max_partial_rows: partial results of a plan; None: what plans of that many rows and the
+            cache's workers can need if every row block is cut once more than its fair share.
+
+    Attributes:
+        input_ids: (max_tokens,) int64, what `update` was given, padded with 0.
+        position_ids, slot_mapping: (max_tokens,) int64, padded with 0 and -1 (stored nowhere).
+        last_indices: (max_tokens,) int64, each branch's last row, padded with 0.
+        num_tokens, num_branches: of the step written last.
+
+    Raises:
+        Unsupported: no such buffers on the cache's device or backend.
+    """
+
+    def __init__(
+        self,
+        cache: ForkedKVCache,
+        *,
+        max_tokens: int,
+        max_plan_bytes: int | None = None,
+        max_partial_rows: int | None = None,
+    ) -> None:
+        if cache.backend not in ("cpu", "triton") or cache.device.type == "meta":
+            raise Unsupported(
+                f"PlanBuffers: backends cpu and triton have them, not {cache.backend!r} "
+                f"on {cache.device}"
+            )
+        self.cache = cache
+        self.max_tokens = checks.integer("max_tokens", max_tokens, low=1)
+        if max_plan_bytes is None:
+            max_plan_bytes = 16 * 1024 + 512 * self.max_tokens
+        self.max_plan_words = checks.integer("max_plan_bytes", max_plan_bytes, low=1) // 8
+        target = _C.target_costs(cache._target)
+        self._most_rows = int(target["max_rows"])
+        if max_partial_rows is None:
+            spans = cache.num_workers * int(target["spans_per_worker"])
+            max_partial_rows = 2 * self.max_tokens + spans * min(64, self._most_rows)
+        self.max_partial_rows = checks.integer("max_partial_rows", max_partial_rows, low=1)
+        self.num_tokens = self.num_branches = 0
+        self._kind_keys = list(dict.fromkeys(map(_kind, cache._storage.layers)))
+        self._lists = cache._page_lists.pages
+        self._staging = Staging(cache.device)
+        self._workspaces: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._allocate()
+
+    @property
+    def uploads(self) -> int:
+        """Copies to the device so far."""
+        return self._staging.uploads
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of those copies."""
+        return self._staging.num_bytes
+
+    def _allocate(self) -> None:
+        layout = Layout()
+        parts = [layout.add(self.max_tokens, 8) for _ in range(4)]
+        self._plan_at = layout.add(self.max_plan_words, 8)
+        num_bytes = layout.num_bytes + _NEWS_BYTES
+        self._block = torch.zeros(num_bytes, dtype=torch.uint8, device=self.cache.device)
+        self._parts = parts
+        self.input_ids, self.position_ids, self.slot_mapping, self.last_indices = (
+            self._block[part].view(torch.int64) for part in parts
+        )
+        self.slot_mapping.fill_(-1)
+        first = self._block[self._plan_at].view(torch.int64)
+        others = [torch.zeros_like(first) for _ in self._kind_keys[1:]]
+        self._plans = dict(zip(self._kind_keys, [first, *others], strict=True))
+
+    def update(self, step: Step, input_ids: Sequence[int] | None = None) -> None:
+        """Writes an open step: one copy, and one more for each further kind of layer.
+
+        Args:
+            step: of the cache, with at most `max_tokens` rows.
+            input_ids: a token id for each row.
+
+        Raises:
+            PlanCapacityExceeded: the step does not fit; nothing was written.
+            StalePlan: the step is closed.
+            ValueError: `input_ids` has another length.
+            Unsupported: the step sees some slots at shifted positions.
+        """
+        self.cache._require_step(step)
+        _fits("rows", step.num_tokens, self.max_tokens)
+        if input_ids is not None and len(input_ids) != step.num_tokens:
+            raise ValueError(f"input_ids: expected {step.num_tokens}, got {len(input_ids)}")
+        data = [self._plan(key) for key in self._kind_keys]
+        core = self.cache._core
+        layout = Layout()
+        layout.add(self._plan_at.start // 8 + data[0].num_words, 8)
+        news = News(core, layout)
+        _fits("page list entries", news.arena_size, len(self._lists))
+        if self.cache._page_lists.pages is not self._lists:
+            raise PlanCapacityExceeded("page lists: the cache's were moved to a larger array")
+        if layout.num_bytes > len(self._block):
+            layout, news = self._tell_apart(data[0].num_words)
+        try:
+            self._write(step, input_ids, data, news, layout.num_bytes)
+        except BaseException:
+            core.forget_arena()
+            raise
+        self.num_tokens, self.num_branches = step.num_tokens, len(step.branches)
+
+    def _plan(self, key: tuple[int | None, int]) -> _C.PlanData:
+        cache = self.cache
+        window, shape = key[0], self._shape(key)
+        data = plan_data(
+            cache._core, window, shape, cache._target, cache.num_workers, resident=True
+        )
+        _fits("bytes of a plan", 8 * data.num_words, 8 * self.max_plan_words)
+        _fits("partial rows of a plan", data.num_partial_rows, self.max_partial_rows)
+        if data.num_rotations:
+            raise Unsupported("PlanBuffers: contexts with shifted positions are not in them yet")
+        return data
+
+    def _shape(self, key: tuple[int | None, int]) -> PlanShape:
+        layer = next(x for x in self.cache._storage.layers if _kind(x) == key)
+        return layer.plan_shape(self.cache.dtype)
+
+    def _tell_apart(self, num_words: int) -> tuple[Layout, News]:
+        """Sends long news, such as all lists of a large prefill, by themselves."""
+        layout = Layout()
+        self._send_news(News(self.cache._core, layout), layout.num_bytes)
+        nothing = Layout()
+        nothing.add(self._plan_at.start // 8 + num_words, 8)
+        return nothing, News(self.cache._core, nothing)
+
+    def _send_news(self, news: News, num_bytes: int) -> None:
+        core, staging = self.cache._core, Staging(self.cache.device)
+        try:
+            num_moved = news.fill(core, staging.buffer(num_bytes))
+            sent = torch.empty(num_bytes, dtype=torch.uint8, device=self.cache.device)
+            staging.send(num_bytes, sent)
+            self.cache._page_lists.apply(news, sent, num_moved)
+        except BaseException:
+            core.forget_arena()
+            raise
+
+    def _write(
+        self,
+        step: Step,
+        input_ids: Sequence[int] | None,
+        data: list[_C.PlanData],
+        news: News,
+        num_bytes: int,
+    ) -> None:
+        core, width = self.cache._core, self.max_tokens
+        host = self._staging.buffer(len(self._block))
+        at = host.data_ptr()
+        ids = host[self._parts[0]].view(torch.int64)
+        ids.zero_()
+        if input_ids is not None:
+            ids[: len(input_ids)] = torch.tensor(input_ids)
+        positions, slots, last = (at + part.start for part in self._parts[1:])
+        core.fill_padded_step(positions, slots, last, width)
+        data[0].copy_to(at + self._plan_at.start)
+        num_moved = news.fill(core, host)
+        self._staging.send(num_bytes, self._block)
+        self.cache._page_lists.apply(news, self._block, num_moved)
+        for key, more in zip(self._kind_keys[1:], data[1:], strict=True):
+            host = self._staging.buffer(8 * more.num_words)
+            more.copy_to(host.data_ptr())
+            self._staging.send(8 * more.num_words, self._plans[key].view(torch.uint8))
+
+    def attend(
+        self,
+        layer_idx: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """`ForkedKVCache.attend` over the step written last, padded to the rows of `q`.
+
+        Args:
+            layer_idx, softmax_scale, softcap, sinks: as there.
+            q: (rows, num_q_heads, head_dim), at least the step's rows, at most `max_tokens`.
+            k: (rows, num_kv_heads, head_dim).
+            v: (rows, num_kv_heads, head_dim_v).
+
+        Returns:
+            (rows, num_q_heads, head_dim_v); zeros for padding.
+
+        Raises:
+            ValueError, TypeError: a shape, dtype, device or stride is off.
+        """
+        cache = self.cache
+        layer = cache._layer(layer_idx)
+        cache._storage.fit(layer, q, k, v)
+        rows = q.shape[0]
+        if not self.num_tokens <= rows <= self.max_tokens:
+            raise ValueError(f"q: expected {self.num_tokens} to {self.max_tokens} rows, got {rows}")
+        dtype = cache._storage.row_dtype(q)
+        same: dict[str, Any] = {"dtype": dtype, "device": cache.device}
+        heads = (rows, layer.num_kv_heads)
+        checks.tensor("q", q, shape=(rows, layer.num_q_heads, layer.head_dim), **same)
+        checks.tensor("k", k, shape=(*heads, layer.head_dim), **same)
+        checks.tensor("v", v, shape=(*heads, layer.head_dim_v), **same)
+        options = ops.check_scores(
+            softmax_scale, softcap, sinks, layer.num_q_heads, layer.head_dim, cache.device
+        )
+        k_cache, v_cache = cache.layer(layer_idx)
+        cache._storage.store(layer, k, v, self.slot_mapping[:rows])
+        if cache.backend == "cpu":
+            return self._attend_cpu(layer, q, k_cache, v_cache, *options)
+        return self._attend_triton(layer, q, k_cache, v_cache, *options)
+
+    def _attend_cpu(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scale: float,
+        cap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        out = q.new_zeros((*q.shape[:2], layer.head_dim_v))
+        k_scale, v_scale = layer.k_scale, layer.v_scale
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        _C.tree_attention_cpu(
+            self._plans[_kind(layer)].data_ptr(),
+            rows_argument(q),
+            paged_argument(k_cache),
+            paged_argument(v_cache),
+            rows_argument(out),
+            lse.data_ptr(),
+            0 if sinks is None else sinks.data_ptr(),
+            0 if k_scale is None else k_scale.data_ptr(),
+            0 if v_scale is None else v_scale.data_ptr(),
+            DTYPE_CODES[q.dtype],
+            DTYPE_CODES[k_cache.dtype],
+            layer.num_q_heads,
+            layer.num_kv_heads,
+            layer.head_dim,
+            layer.head_dim_v,
+            scale,
+            cap,
+            self._lists.data_ptr(),
+        )
+        return out
+
+    def _attend_triton(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scale: float,
+        cap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        on_gpu = q.device.type == "cuda"
+        out: Tensor = torch.ops.fork_attn.tree_attention_triton(
+            q,
+            k_cache,
+            v_cache,
+            self._plans[_kind(layer)],
+            self._lists,
+            *self._workspace(layer),
+            q.shape[0],
+            self.cache.num_workers if on_gpu else ops.ops_triton.INTERPRETER_PROGRAMS,
+            max(1, min(64, self._most_rows // layer.group)),
+            layer.window or 0,
+            scale,
+            cap,
+            sinks,
+            layer.k_scale,
+            layer.v_scale,
+        )[0]
+        return out
+
+    def _workspace(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+        """Partial results and counters, shared by layers of one shape."""
+        key = (layer.num_q_heads, layer.num_kv_heads, layer.head_dim_v)
+        if key not in self._workspaces:
+            from fork_attn.kernels.launch import Workspace
+
+            made = Workspace.allocate(
+                self.max_partial_rows, self.max_tokens, *key, self.cache.device
+            )
+            self._workspaces[key] = (made.partial_out, made.partial_lse, made.counters)
+        return self._workspaces[key]
+
+
+def _kind(layer: Layer) -> tuple[int | None, int]:
+    return (layer.window, layer.group)
+
+
+def _fits(what: str, needed: int, capacity: int) -> None:
+    if needed > capacity:
+        raise PlanCapacityExceeded(f"{what}: expected at most {capacity}, got {needed}")

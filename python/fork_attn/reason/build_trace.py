@@ -1,0 +1,69 @@
+"""The trace of a run that is over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from fork_attn.reason.records import Log
+from fork_attn.reason.run import Run
+from fork_attn.reason.trace import Event, StepRecord, Trace
+
+
+def build_trace(run: Run, model_name: str, steps: Sequence[StepRecord]) -> Trace:
+    """The trace of a completed run.
+
+    Args:
+        run: the run.
+        model_name: for people.
+        steps: of the engine, from the run's first on.
+    """
+    fed = [step for log in run.logs for step in log.fed_steps if step is not None]
+    last = max(fed, default=run.first_step - 1) + 1
+    mine = _own_steps(run.logs, steps[: last - run.first_step], run.first_step)
+    shift = run.first_step
+    return Trace(
+        protocol=run.protocol.name,
+        model=model_name,
+        prompt=run.prompt,
+        prompt_ids=tuple(run.prompt_ids),
+        threads=tuple(log.build(run.vocabulary.pieces, shift) for log in run.logs),
+        events=tuple(_shifted(event, shift) for event in run.events),
+        steps=mine,
+        answer=run.answer,
+        final=run.final,
+        finish=run.finish or "cancelled",
+        seed=run.seed,
+        sampling=_plain(run.sampler.config.to_diff_dict()),
+        limits=asdict(run.limits),
+        page_size=run.cache.page_size,
+        pages_shared=run.pages_shared,
+    )
+
+
+def _shifted(event: Event, by: int) -> Event:
+    return replace(event, step=max(event.step - by, 0))
+
+
+def _own_steps(
+    logs: Sequence[Log], steps: Sequence[StepRecord], first: int
+) -> tuple[StepRecord, ...]:
+    """Steps with width and tokens of these logs alone."""
+    width, tokens = [0] * len(steps), [0] * len(steps)
+    for log in logs:
+        fed = Counter(step - first for step in log.fed_steps if step is not None)
+        for step, count in fed.items():
+            width[step] += 1
+            tokens[step] += count
+    return tuple(
+        replace(step, width=w, tokens=t) for step, w, t in zip(steps, width, tokens, strict=True)
+    )
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can hold of a config, without versions."""
+    keep = (str, int, float, bool, list, type(None))
+    skip = ("transformers_version", "_from_model_config")
+    return {k: v for k, v in config.items() if k not in skip and isinstance(v, keep)}

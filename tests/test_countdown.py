@@ -1,0 +1,127 @@
+"""The countdown example: its game, its written-down searches, and that it runs."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+COUNTDOWN = ROOT / "examples" / "countdown"
+sys.path.insert(0, str(COUNTDOWN))
+
+import task  # noqa: E402
+import traces  # noqa: E402
+from model import make_model, make_tokenizer  # noqa: E402
+from reason_pair import Forced, run_forced  # noqa: E402
+
+
+def problems(count: int, held_out: bool = False) -> list[task.Problem]:
+    rng = random.Random(torch.initial_seed())
+    return [task.draw(rng, held_out) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("9 + 4 = 13 13 * 3 = 39", True),
+        ("3 * 13 = 39 9 + 4 = 13", False),  # 13 is not there yet
+        ("9 + 4 = 13 13 * 3 = 38", False),
+        ("9 * 4 = 36 36 + 3 = 39", True),
+        ("9 + 4 = 13", False),  # a number is left
+        ("9 + 9 = 18 18 + 3 = 21", False),
+        ("9 + 4 = 13 13 * 3", False),
+        ("none", False),
+        ("", False),
+        ("make = make = make", False),
+    ],
+)
+def test_verify(answer: str, right: bool) -> None:
+    assert task.verify(task.Problem((9, 4, 3), 39), answer.split()) is right
+
+
+def test_what_cannot_be_made_is_none() -> None:
+    assert task.verify(task.Problem((1, 1), 7), ["none"])
+    assert not task.verify(task.Problem((5, 2), 7), ["none"])
+    assert task.reachable((2, 1)) == {1, 2, 3} and task.reachable((1, 1)) == {1, 2}
+
+
+def test_written_searches_end_in_right_answers() -> None:
+    tokenizer = make_tokenizer()
+    encode = tokenizer.convert_tokens_to_ids
+    for problem in problems(200):
+        assert task.verify(problem, traces.answer_of(traces.serial_words(problem)))
+        example = traces.parallel_example(problem, encode)
+        words = tokenizer.convert_ids_to_tokens(example.token_ids)
+        assert task.verify(problem, traces.answer_of(words))
+        assert tokenizer.unk_token_id not in example.token_ids
+        pairs = len(task.first_pairs(problem.numbers))
+        assert words.count("<Path>") == (pairs if pairs > 1 else 0)
+
+
+def test_held_out_numbers_are_never_trained_on() -> None:
+    held = {problem.numbers for problem in problems(300, held_out=True)}
+    assert held and not held & {problem.numbers for problem in problems(300)}
+
+
+def test_training_sees_what_generation_will_do() -> None:
+    """A search written down for training is, token for token, position for position and mask for
+    mask, the trace of a generation in Multiverse's protocol."""
+    tokenizer = make_tokenizer()
+    encode = tokenizer.convert_tokens_to_ids
+    problem = next(p for p in problems(100) if len(task.first_pairs(p.numbers)) == 3)
+    example = traces.parallel_example(problem, encode)
+    words = tokenizer.convert_ids_to_tokens(example.token_ids)
+    starts = [i for i, word in enumerate(words) if word == "<Path>"]
+    ends = [i + 1 for i, word in enumerate(words) if word == "</Path>"]
+    goal = words[len(problem.words) : starts[0]]
+    script = {((1, i),): encode(words[a + 2 : b]) for i, (a, b) in enumerate(zip(starts, ends))}  # noqa: B905
+    script[()] = encode(goal) + encode(words[ends[-1] + 1 :])
+    model = make_model("cpu", len(tokenizer), 0, tokenizer.eos_token_id, seed=0).eval()
+    forced = Forced(script)
+    (trace,) = run_forced(model, tokenizer, " ".join(problem.words), "multiverse", forced)
+    assert forced.used_up
+    recorded = trace.training_example()
+    assert recorded.token_ids == example.token_ids
+    assert recorded.position_ids == example.position_ids
+    assert recorded.generated == example.generated
+    assert recorded.predicted_from == example.predicted_from
+    assert torch.equal(recorded.dense_mask(), example.dense_mask())
+    assert trace.critical_path_tokens < trace.total_tokens
+
+
+def test_it_runs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(COUNTDOWN / "run.py"), "--quick", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| parallel |" in done.stdout and "| serial |" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {len(rows) for rows in results["outcomes"].values()} == {2}
+    assert (tmp_path / "results.svg").is_file() and (tmp_path / "trace.svg").is_file()
+
+
+def test_committed_picture_and_table_are_those_of_the_committed_results() -> None:
+    import evaluation
+    import picture
+
+    folder = COUNTDOWN / "results"
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    found = {
+        name: [evaluation.Outcome(**row) for row in rows]
+        for name, rows in results["outcomes"].items()
+    }
+    drawn = picture.draw(found, picture.TITLE).svg()
+    assert (folder / "results.svg").read_text(encoding="utf-8") == drawn
+    table = picture.table(found)
+    assert (folder / "results.md").read_text(encoding="utf-8").endswith(table)
+    assert table in (COUNTDOWN / "README.md").read_text(encoding="utf-8")

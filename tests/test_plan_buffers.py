@@ -1,0 +1,211 @@
+"""PlanBuffers: a call that is fixed once serves steps of any topology, one upload each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import pytest
+import torch
+from cache_pair import CachePair
+from kv_table import KVTable, Model
+
+import fork_attn as fa
+from fork_attn import Branch, Draft, OutOfPages, PlanCapacityExceeded, StalePlan, Unsupported
+from fork_attn.plan_buffers import PlanBuffers
+
+MODEL = Model()
+TABLE = KVTable(MODEL)
+WIDTH = 24
+
+
+class Captured:
+    """What a CUDA graph would hold: `attend` of every layer on tensors at fixed addresses."""
+
+    def __init__(self, pair: CachePair, width: int = WIDTH) -> None:
+        m = pair.model
+        self.pair = pair
+        self.buffers = PlanBuffers(pair.cache, max_tokens=width)
+        shapes = (
+            (width, m.num_q_heads, m.head_dim),
+            (width, m.num_kv_heads, m.head_dim),
+            (width, m.num_kv_heads, m.head_dim_v or m.head_dim),
+        )
+        # One input a layer, poisoned where a step is narrower.
+        self.inputs = [[torch.full(s, torch.nan, dtype=m.dtype) for s in shapes] for _ in m.windows]
+        buffers, inputs = self.buffers, self.inputs
+        self.replay = lambda: [buffers.attend(i, *qkv) for i, qkv in enumerate(inputs)]
+
+    def step(
+        self,
+        counts: Mapping[Branch, int | Draft],
+        accept: Mapping[Branch, list[int]] | None = None,
+    ) -> None:
+        """One step by replay, against the oracle; commits."""
+        pair = self.pair
+        step = pair.open(counts)
+        rows = pair.rows(counts, accept)
+        with step:
+            self.buffers.update(step)
+            n = step.num_tokens
+            identities = [t.identity for new in rows.values() for t in new.tokens]
+            for layer, (q, k, v) in enumerate(self.inputs):
+                for x in (q, k, v):
+                    x.fill_(torch.nan)
+                q[:n] = torch.randn(n, *q.shape[1:])
+                k[:n], v[:n] = pair.table.kv(layer, identities)
+            for layer, out in enumerate(self.replay()):
+                window = pair.model.windows[layer]
+                want, _ = pair.oracle.attend(rows, layer, self.inputs[layer][0][:n], window=window)
+                torch.testing.assert_close(out[:n].double(), want, atol=1e-5, rtol=1e-5)
+                assert (out[n:] == 0).all()
+            for branch, path in (accept or {}).items():
+                step.accept(path, branch)
+        pair.oracle.step(rows)
+        pair.check()
+
+
+def make(num_pages: int = 60, tail: str = "seal", page_size: int = 3) -> CachePair:
+    return CachePair(MODEL, num_pages=num_pages, page_size=page_size, tail=tail, table=TABLE)
+
+
+def test_one_call_serves_growth_forks_joins_and_frees() -> None:
+    pair = make()
+    captured = Captured(pair)
+    root = pair.new_branch()
+    captured.step({root: 10})
+    kids = pair.fork(root, 5)
+    captured.step(dict.fromkeys(kids, 2))
+    captured.step({kids[0]: 1})  # narrower: rows of the step before must not linger
+    captured.step({kids[1]: Draft([-1, 0, 0]), kids[2]: 1}, {kids[1]: [0, 2]})
+    pair.join(kids[0], kids[1:3])
+    captured.step({kids[0]: 3, kids[3]: 1})
+    pair.free(kids[3])
+    captured.step({kids[4]: 7, root: 1})
+    pair.crop(root, 5)
+    captured.step({root: 9, kids[4]: 1})
+
+
+@pytest.mark.parametrize("tail", ["seal", "copy"])
+def test_random_steps_and_verbs(tail: str) -> None:
+    seed = int(torch.randint(2**31, ()))
+    rng = random.Random(seed)
+    pair = make(50, tail)
+    captured = Captured(pair)
+    pair.new_branch()
+    for _ in range(150):
+        live = list(pair.ids)
+        some = rng.sample(live, rng.randint(1, min(4, len(live))))
+        verb = rng.choice(["step", "step", "step", "fork", "join", "crop", "free", "eager", "drop"])
+        try:
+            if verb == "step":
+                captured.step({b: rng.randint(1, 4) for b in some})
+            elif verb == "eager":
+                pair.step({b: rng.randint(1, 5) for b in some}, attend=True)
+            elif verb == "drop":  # planned, sent and rolled back
+                step = pair.open(dict.fromkeys(some, 4))
+                if rng.random() < 0.5:
+                    captured.buffers.update(step)
+                step.rollback()
+            elif verb == "fork" and len(live) < 8:
+                pair.fork(some[0], rng.randint(1, 3))
+            elif verb == "join" and len(some) > 1:
+                pair.join(some[0], some[1:])
+            elif verb == "crop":
+                pair.crop(some[0], rng.randint(0, some[0].length))
+            elif verb == "free" and len(live) > len(some):
+                pair.free(*some)
+        except OutOfPages:
+            pair.free(*live[1::2])
+            pair.crop(live[0], live[0].length // 2)
+    assert captured.buffers.uploads > 20, f"seed {seed}"
+
+
+def nested_tree(page_size: int, own: int, levels: tuple[int, ...]) -> tuple[fa.ForkedKVCache, list]:
+    """256 leaves below nested prefixes, each with `own` tokens; books only matter here."""
+    cache = fa.ForkedKVCache(
+        num_layers=1,
+        num_pages=256 * (own // page_size + 8) + 1000,
+        num_q_heads=4,
+        num_kv_heads=1,
+        head_dim=2,
+        page_size=page_size,
+        dtype=torch.float32,
+        num_workers=132,
+    )
+    cache._target = "sm_90"
+    branches = [cache.new_branch()]
+    for fan in levels:
+        cache.step(dict.fromkeys(branches, 112)).commit()  # whole pages
+        branches = [child for branch in branches for child in branch.fork(fan)]
+    for begin in range(0, own, 4096):
+        cache.step(dict.fromkeys(branches, min(4096, own - begin))).commit()
+    return cache, branches
+
+
+@pytest.mark.parametrize("own", [2040, 8184, 20])
+def test_one_small_upload_a_step_of_256_branches(own: int) -> None:
+    cache, branches = nested_tree(16, own, (4, 4, 16))
+    assert len(branches) == 256
+    buffers = PlanBuffers(cache, max_tokens=256, max_partial_rows=20_000)
+    sizes = []
+    crossed = set()
+    for _ in range(40):  # across page ends and the doubling of places
+        live = cache.stats().pages_live
+        with cache.step(dict.fromkeys(branches, 1)) as step:
+            before = buffers.num_bytes, buffers.uploads
+            buffers.update(step, range(256))
+            sizes.append(buffers.num_bytes - before[0])
+            assert buffers.uploads == before[1] + 1
+        crossed.add(cache.stats().pages_live - live)
+    assert crossed == {0, 256}  # all branches cross in the same step
+    assert max(sizes[1:]) <= 64 * 1024, f"{max(sizes[1:])} bytes"  # the first brings all lists
+    assert sizes[0] <= 64 * 1024  # apart from those
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
+    pair = make()
+    captured = Captured(pair, width=4)
+    root = pair.new_branch()
+    captured.step({root: 4})
+    buffers = captured.buffers
+    small = PlanBuffers(pair.cache, max_tokens=4, max_plan_bytes=208)
+    few = PlanBuffers(pair.cache, max_tokens=4, max_partial_rows=1)
+    with pair.open({root: 5}) as step, pytest.raises(PlanCapacityExceeded, match="rows: expected"):
+        buffers.update(step)
+    pair.crop(root, 4)
+    before = buffers._block.clone()
+    with pair.unchanged(), pair.open({root: 3}) as step:
+        with pytest.raises(PlanCapacityExceeded, match="bytes of a plan: expected at most 208"):
+            small.update(step)
+        few._plan = lambda key: (_ for _ in ()).throw(PlanCapacityExceeded("partial"))  # type: ignore
+        with pytest.raises(PlanCapacityExceeded):
+            few.update(step)
+        assert torch.equal(buffers._block, before)
+        step.rollback()
+    with pytest.raises(StalePlan):
+        buffers.update(step)
+    captured.step({root: 3})
+
+
+def test_bad_input() -> None:
+    pair = make()
+    buffers = PlanBuffers(pair.cache, max_tokens=4)
+    root = pair.new_branch()
+    with pytest.raises(ValueError, match="max_tokens: expected 1"):
+        PlanBuffers(pair.cache, max_tokens=0)
+    with pair.open({root: 2}) as step:
+        with pytest.raises(ValueError, match="input_ids: expected 2, got 1"):
+            buffers.update(step, [1])
+        buffers.update(step, [7, 8])
+        assert buffers.input_ids.tolist() == [7, 8, 0, 0]
+        assert buffers.slot_mapping.tolist() == [*step.slot_mapping.tolist(), -1, -1]
+        q, k, v = (torch.zeros(1, h, d) for h, d in ((4, 8), (2, 8), (2, 8)))
+        with pytest.raises(ValueError, match="q: expected 2 to 4 rows, got 1"):
+            buffers.attend(0, q, k, v)
+        step.rollback()
+    meta = fa.ForkedKVCache(
+        num_layers=1, num_pages=4, num_q_heads=1, num_kv_heads=1, head_dim=8, device="meta"
+    )
+    with pytest.raises(Unsupported, match="PlanBuffers: backends cpu and triton"):
+        PlanBuffers(meta, max_tokens=4)
