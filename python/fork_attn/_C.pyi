@@ -204,6 +204,7 @@ def merge_states_cuda(
     merged_lse_ptr: int,
     /,
 ) -> None: ...
+def advise_huge_pages(data_ptr: int, num_bytes: int) -> None: ...
 def merge_states_cpu(
     out_ptr: int,
     lse_ptr: int,

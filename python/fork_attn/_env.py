@@ -2,12 +2,11 @@
 
 | variable | meaning |
 |---|---|
-| `FORK_ATTN_BACKEND` | what `backend="auto"` means: `cpu`, `triton` or `reference` || `FORK_ATTN_DEBUG` | `poison`: K and V in slots that no branch sees are NaN, so that a wrong read \
+| `FORK_ATTN_BACKEND` | what `backend="auto"` means: `cpu`, `triton`, `flash_attn` or `reference` |
+| `FORK_ATTN_DEBUG` | `poison`: K and V in slots that no branch sees are NaN, so that a wrong read \
 shows; slow. Read when a cache is made |
 | `FORK_ATTN_ZERO_ON_FREE` | `1`: pages are overwritten with zeros before they can be reused. Read \
 when a cache is made |
-| `FORK_ATTN_COSTS` | file of measured costs that `fork-attn calibrate` writes and the planner reads; \
-else `fork_attn/costs.json` in the user's configuration folder |
 """
 
 from __future__ import annotations

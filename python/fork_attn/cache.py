@@ -105,10 +105,7 @@ class ForkedKVCache:
             raise TypeError(f"dtype: expected {wanted}, got {dtype}")
         if tail not in ("seal", "copy"):
             raise ValueError(f"tail: expected 'seal' or 'copy', got {tail!r}")
-        if not isinstance(batch_invariant, bool):
-            got = type(batch_invariant).__name__
-            raise TypeError(f"batch_invariant: expected a bool, got {got}")
-        self.batch_invariant = batch_invariant
+        self.batch_invariant = checks.boolean("batch_invariant", batch_invariant)
         self.dtype = dtype
         self.device = _with_index(torch.device(device))
         self.tail = tail
@@ -518,8 +515,8 @@ def _default_workers(device: torch.device) -> int:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """ "cuda" as the device that it stands for now."""
-    if device.type == "cuda" and device.index is None:
+    """A device that says "cuda" alone as the one that it stands for now."""
+    if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
 

@@ -9,6 +9,13 @@ from typing import Any
 import torch
 
 
+def boolean(name: str, value: Any) -> bool:
+    """`value`, a bool; TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
 def integer(name: str, value: Any, *, low: int, high: int = 2**31 - 1) -> int:
     """`value` as an int within [low, high]; TypeError or ValueError otherwise."""
     if isinstance(value, bool):

@@ -1,7 +1,8 @@
-"""From the host's books to a device: a ring of pinned buffers, one copy an upload; and the page lists
-that stay on the device.
+"""From the host's books to a device: a ring of pinned buffers, one copy an upload; and the page
+lists that stay on the device.
 
-Nothing here waits for the device, but for one case: a ring whose buffers are all still being copied.
+Nothing here waits for the device, but for one case: a ring whose buffers are all still being
+copied.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Staging:
         return self._buffers[self._next]
 
     def send(self, num_bytes: int, target: Tensor) -> None:
-        """Copies the first bytes of the buffer to those of `target`, uint8, on the current stream."""
+        """Copies the buffer's first bytes to those of `target`, uint8, on the current stream."""
         target[:num_bytes].copy_(self._buffers[self._next][:num_bytes], non_blocking=True)
         if self._on_gpu:
             event = self._events[self._next] or torch.cuda.Event()

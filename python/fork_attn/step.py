@@ -73,7 +73,6 @@ class Step:
     state: Literal["open", "committed", "rolled_back"]
 
     def __init__(self, cache: ForkedKVCache, branches: tuple[Branch, ...], num_tokens: int) -> None:
-        n = len(branches)
         self._cache = cache
         self._num_moved = 0  # accepted draft tokens that lie where commit wants them
         self._tables: ops_flash.Tables | None = None
