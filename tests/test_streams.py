@@ -166,11 +166,12 @@ class StreamsMachine(CacheMachine):
     @precondition(lambda self: self.streams())
     @rule(picks=st.lists(st.integers(0, 99), min_size=1, max_size=9))
     def finish_some(self, picks: list[int]) -> None:
+        self.counts["pending"] += self.pair.cache.stats().pages_pending
         events = [e for stream in self.streams() for e in stream.events if not e.done]
         for i in picks:
             if events:
                 events.pop(i % len(events)).done = True
-        self.counts["pending"] += self.pair.cache.stats().pages_pending  # polls
+        self.pair.cache.stats()  # polls
 
     @rule(wait=st.booleans())
     def wait_or_not(self, wait: bool) -> None:
