@@ -516,6 +516,8 @@ def _default_workers(device: torch.device) -> int:
 
 def _with_index(device: torch.device) -> torch.device:
     """A device that says "cuda" alone as the one that it stands for now."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise Unsupported(f"device {device}: Torch finds no CUDA device here")
     if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
