@@ -8,7 +8,8 @@ namespace fork_attn {
 
 namespace {
 
-// Slots listed in one plan: 12 bytes each, and a step's upload stays below 64 KiB.
+// Slots listed in a plan that is sent to a device every step: 12 bytes each, and the upload stays
+// below 64 KiB.
 constexpr std::size_t kMostGathered = 1792;
 
 }  // namespace
@@ -62,8 +63,14 @@ void Planner::gather_short_runs(int32_t first_run) {
     const int32_t rest = run.num_slots % tile;
     return rest != 0 && rest <= most;
   };
-  const auto pieces = std::count_if(runs_.begin() + first_run, runs_.end(), is_short);
-  if (pieces < 2 || gather_.size() + pieces * most > kMostGathered) return;
+  std::size_t pieces = 0;
+  std::size_t slots = 0;
+  for (auto run = runs_.begin() + first_run; run != runs_.end(); ++run) {
+    if (!is_short(*run)) continue;
+    ++pieces;
+    slots += run->num_slots % tile;
+  }
+  if (pieces < 2 || (request_.resident && gather_.size() + slots > kMostGathered)) return;
   const auto words_begin = static_cast<int32_t>(words_.size());
   const auto gather_begin = static_cast<int32_t>(gather_.size());
   auto kept = static_cast<std::size_t>(first_run);

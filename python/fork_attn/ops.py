@@ -302,6 +302,12 @@ def run_tree_attention(
             sinks=sinks,
             k_scale=k_scale,
             v_scale=v_scale,
+            pages=None if plan.on_device is None else plan.on_device.pages.cpu(),
+        )
+    if plan.on_device is not None:
+        raise Unsupported(
+            "backend 'cpu' reads plans that hold their own page lists; those of this plan stay on "
+            "the device of a cache with backend 'triton'"
         )
     out, lse = torch.ops.fork_attn.tree_attention(
         q, k_cache, v_cache, plan.buffer, scale, cap, sinks, k_scale, v_scale

@@ -197,11 +197,12 @@ def output_rows(buffer: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.arange(h.num_tokens), sections(buffer).rotations[:, 0].long()])
 
 
-def expand_queries(buffer: torch.Tensor) -> torch.Tensor:
+def expand_queries(buffer: torch.Tensor, pages: torch.Tensor | None = None) -> torch.Tensor:
     """Which row of the query tensor, rotated copies included, sees which slot.
 
     Args:
         buffer: (words,) int64 on the CPU.
+        pages: (n,) int32, the page lists that runs index; None: the plan's own.
 
     Returns:
         (num_tokens + num_rotations, page_limit * page_size) bool; slots count as
@@ -213,6 +214,8 @@ def expand_queries(buffer: torch.Tensor) -> torch.Tensor:
     """
     h = header(buffer)
     plan = sections(buffer)
+    if pages is not None:
+        plan = plan._replace(pages=pages)
     num_slots = h.page_limit * h.page_size
     mask = torch.zeros(h.num_tokens + h.num_rotations, num_slots, dtype=torch.bool)
     outputs = output_rows(buffer)

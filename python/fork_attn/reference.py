@@ -144,6 +144,7 @@ def tree_attention_reference(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    pages: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The "reference" backend: the plan expanded to a dense mask, then float64 attention.
 
@@ -154,6 +155,7 @@ def tree_attention_reference(
         plan: (words,) int64, a plan's buffer.
         softmax_scale, softcap, sinks: see `attention`.
         k_scale, v_scale: (num_kv_heads,), what K and V are multiplied with; None means 1.
+        pages: (n,) int32, the page lists that the plan's runs index; None: its own.
 
     Returns:
         (out, lse): (T, num_q_heads, head_dim_v) in the dtype of `q`, (T, num_q_heads) fp32.
@@ -161,7 +163,7 @@ def tree_attention_reference(
     Raises:
         ValueError, TypeError: `plan` is none.
     """
-    mask = expand_queries(plan)
+    mask = expand_queries(plan, pages)
     out, lse = attention(
         q,
         dequantised(k_cache.flatten(0, 1)[: mask.shape[1]], k_scale),

@@ -11,6 +11,7 @@ def assert_close_to_oracle(
     same_precision_reference: torch.Tensor,
     *,
     name: str = "out",
+    magnitude: float = 0.0,
 ) -> None:
     """Asserts that the largest error is at most twice the reference's, plus one rounding.
 
@@ -19,6 +20,8 @@ def assert_close_to_oracle(
         oracle64: the exact result, float64.
         same_precision_reference: PyTorch's result in the precision of `out`.
         name: what to call `out` in the message.
+        magnitude: the rounding is one of values at least that large. 1 for the LSE of a few rows: a
+            relative error of a sum is an absolute one of its logarithm.
 
     Raises:
         AssertionError: larger error, other shape, or a value that is not finite where the oracle's
@@ -37,7 +40,7 @@ def assert_close_to_oracle(
         return
     error = float((out.double()[finite] - exact).abs().max())
     reference = float((same_precision_reference.double()[finite] - exact).abs().max())
-    rounding = torch.finfo(out.dtype).eps * float(exact.abs().max())
+    rounding = torch.finfo(out.dtype).eps * max(magnitude, float(exact.abs().max()))
     limit = 2 * reference + rounding
     parts = f"reference {reference:.3e}, rounding {rounding:.3e}"
     assert error <= limit, f"{name}: error {error:.3e} > {limit:.3e} ({parts})"
