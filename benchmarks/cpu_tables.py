@@ -104,11 +104,15 @@ def attention_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def attention(result: dict[str, Any]) -> str:
+def streams(result: dict[str, Any]) -> str:
     stream = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in result["stream_bytes_per_s"].items())
+    return f"{len(result['cases'])} of {result['cases_planned']} cases. Streams in GB/s: {stream}."
+
+
+def attention(result: dict[str, Any]) -> str:
     lines = [
         conditions(result),
-        f"{len(result['cases'])} of {result['cases_planned']} cases. Streams in GB/s: {stream}.",
+        streams(result),
         "",
         *attention_summary(result),
     ]
@@ -124,6 +128,10 @@ def attention(result: dict[str, Any]) -> str:
             *attention_table(list(rows)),
         ]
     return "\n".join(lines)
+
+
+def other_machine(result: dict[str, Any]) -> str:
+    return "\n".join([conditions(result), streams(result), "", *attention_summary(result)])
 
 
 def end_to_end(result: dict[str, Any]) -> str:
@@ -156,7 +164,12 @@ def fill(text: str, name: str, body: str) -> str:
 
 def main() -> None:
     text = DOCUMENT.read_text()
-    for name, render in {"cpu_attention": attention, "cpu_end_to_end": end_to_end}.items():
+    renders = {
+        "cpu_attention": attention,
+        "cpu_attention_zen4": other_machine,
+        "cpu_end_to_end": end_to_end,
+    }
+    for name, render in renders.items():
         text = fill(text, name, render(json.loads((RESULTS / f"{name}.json").read_text())))
     DOCUMENT.write_text(text)
 
