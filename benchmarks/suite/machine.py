@@ -56,11 +56,17 @@ def _cpu_model() -> str:
 
 
 def commit() -> str:
-    """The commit measured; from the variable COMMIT where the tree travels without its history."""
+    """The commit measured, "-dirty" if anything but results has been changed since; from the
+    variable COMMIT where the tree travels without its history."""
     # Found from the extension: this file lies elsewhere when the package is installed editable.
     folder = Path(fork_attn.__file__).resolve().parent
-    described = _output("git", "describe", "--always", "--dirty", "--abbrev=12", cwd=folder)
-    return described or os.environ.get("COMMIT") or "unknown"
+    described = _output("git", "describe", "--always", "--abbrev=12", cwd=folder)
+    if not described:
+        return os.environ.get("COMMIT") or "unknown"
+    # One run writes several files: the first must not mark those after it.
+    others = (":(top)", ":(top,exclude)benchmarks/results")
+    changed = _output("git", "status", "--porcelain", "-uno", "--", *others, cwd=folder)
+    return f"{described}-dirty" if changed else described
 
 
 def clocks() -> dict[str, str] | None:
