@@ -39,6 +39,7 @@ struct LayerShape {
   int32_t head_dim;
   int32_t head_dim_v;
   int32_t itemsize;  // bytes of a K or V element
+  bool operator==(const LayerShape&) const = default;
 };
 
 // Nanoseconds for one KV head. Tables by the number of query tokens: a plan asks thousands of

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 namespace fork_attn {
 
@@ -52,14 +53,25 @@ void Planner::reset(const CacheCore& core, const PlanRequest& request) {
   gather_.clear();
 }
 
+// Batch-invariant plans, and those of watches, whose groups come and go with each token, are chosen
+// anew.
+const BlockChoice& Planner::choose(const CostModel& costs) {
+  const int32_t chunk_slots = request_.batch_invariant ? request_.target->chunk_slots : 0;
+  const ChoiceMemo::Kind kind{request_.window, request_.shape, request_.target};
+  const bool lasting = !request_.batch_invariant && groups_.fresh.empty();
+  if (const BlockChoice* known = lasting ? memo_.find(kind, groups_) : nullptr) return *known;
+  BlockChoice choice = BlockChooser(groups_, costs, max_tokens_, chunk_slots).choose();
+  if (lasting) return memo_.keep(kind, groups_, std::move(choice));
+  return passing_ = std::move(choice);
+}
+
 PlanData Planner::build(const CacheCore& core, const PlanRequest& request) {
   if (!core.step_open()) fail(ErrorKind::kStalePlan, "plan: expected an open step");
   check(request);
   reset(core, request);
   const TargetCosts& target = *request.target;
-  const int32_t chunk_slots = request.batch_invariant ? target.chunk_slots : 0;
   if (request.batch_invariant) {
-    groups_.build_tiles(core, request.window, target.tile_slots, chunk_slots);
+    groups_.build_tiles(core, request.window, target.tile_slots, target.chunk_slots);
     shared_slots_.build(core, request.window);
     if (shared_slots_.leaves.size() != core.step().rows.size() || !shared_slots_.fresh.empty()) {
       fail(ErrorKind::kUnsupported,
@@ -72,7 +84,7 @@ PlanData Planner::build(const CacheCore& core, const PlanRequest& request) {
   }
   lay_out_tokens();
   const CostModel costs(target, request.shape);
-  const BlockChoice choice = BlockChooser(groups_, costs, max_tokens_, chunk_slots).choose();
+  const BlockChoice& choice = choose(costs);
   for (const Block& block : choice.blocks) {
     request.batch_invariant ? emit_tiled_block(block, choice) : emit_block(block, choice);
   }

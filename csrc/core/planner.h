@@ -8,6 +8,7 @@
 
 #include "blocks.h"
 #include "cache_core.h"
+#include "choice_memo.h"
 #include "costs.h"
 #include "groups.h"
 #include "plan.h"
@@ -37,7 +38,7 @@ struct PlanCounts {
 struct PlanData {
   std::vector<int64_t> buffer;
   std::vector<double> span_ns;  // predicted cost of each span, one KV head
-  double cost_ns = 0;           // of the chosen blocks before they are cut, one KV head
+  double cost_ns = 0;  // of the chosen blocks before they are cut, one KV head, when chosen
   PlanCounts counts{};
 };
 
@@ -87,6 +88,7 @@ class Planner {
   };
 
   void reset(const CacheCore& core, const PlanRequest& request);
+  const BlockChoice& choose(const CostModel& costs);
   // planner_emit.cpp
   void lay_out_tokens();
   void emit_block(const Block& block, const BlockChoice& choice);
@@ -139,6 +141,8 @@ class Planner {
   void assign_partials();
   void serialise(PlanData& out) const;
 
+  ChoiceMemo memo_;
+  BlockChoice passing_;  // one that the memo does not keep
   const CacheCore* core_ = nullptr;
   PlanRequest request_{};
   int32_t max_tokens_ = 0;
