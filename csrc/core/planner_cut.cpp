@@ -308,13 +308,13 @@ void Planner::serialise(PlanData& out) const {
   if (!request_.resident) {
     for (const PageSource& source : sources_) append_pages(source, pages);
   }
-  const std::size_t bytes = blocks_.size() * sizeof(PlanBlock) + items_.size() * sizeof(PlanItem) +
-                            runs_.size() * sizeof(PlanRun) + words_.size() * sizeof(uint64_t) +
-                            rotations_.size() * sizeof(PlanRotation) +
-                            (tokens_.size() + q_rows_.size() + positions_.size() + pages.size() +
-                             spans_.size() + merge_indptr_.size() + merge_rows_.size() +
-                             gather_.size()) *
-                                sizeof(int32_t);
+  const std::size_t bytes =
+      blocks_.size() * sizeof(PlanBlock) + items_.size() * sizeof(PlanItem) +
+      runs_.size() * sizeof(PlanRun) + words_.size() * sizeof(uint64_t) +
+      rotations_.size() * sizeof(PlanRotation) +
+      (tokens_.size() + q_rows_.size() + positions_.size() + pages.size() + spans_.size() +
+       merge_indptr_.size() + merge_rows_.size() + gather_.size()) *
+          sizeof(int32_t);
   out.buffer.reserve((sizeof(PlanHeader) + bytes) / 8 + 16);  // 16: sections end on whole words
   out.buffer.assign(sizeof(PlanHeader) / 8, 0);
   Writer writer(out.buffer);
