@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from evaluation import Outcome, percentile, summary, within
+from evaluation import Outcome, baselines, interval, percentile, summary, within
 
 from fork_attn.reason.scene import Group, Line, Mark, Scene, Text
 
 TITLE = "Countdown: share of problems solved within a budget"
-BUDGETS = (40, 60, 80, 100, 120, 160, 200, 240)
+BUDGETS = {
+    "critical_path_tokens": (40, 60, 80, 100, 120, 160, 200, 300),
+    "seconds": (100, 200, 300, 400, 600, 800, 1000, 2000),
+    "total_tokens": (40, 80, 120, 160, 200, 240, 320, 400),
+}
 PANELS = (
     ("critical_path_tokens", "tokens one after another", 1.0),
     ("seconds", "milliseconds, one problem at a time", 1e3),
@@ -69,30 +71,41 @@ def _ticks(most: float) -> list[float]:
     return [step * i for i in range(int(most / step) + 1)]
 
 
-def table(found: dict[str, list[Outcome]], budgets: Sequence[int] = BUDGETS) -> str:
-    """Markdown: a row for each model, then accuracies within budgets."""
+def table(found: dict[str, list[Outcome]]) -> str:
+    """Markdown: a row for each model, then shares solved within budgets with 95 % intervals."""
     rows = [
-        "| | solved | tokens in all | one after another | 95th percentile | ms | 95th | forks |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | solved | tokens in all | one after another | 95th percentile | ms | 95th | "
+        "forks where it should | as wide |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, outcomes in found.items():
         s = summary(outcomes)
+        forks = "forked_exactly_where_more_than_one_pair", "forked_as_wide_as_the_problem"
+        right = " | ".join(f"{s[key]:.1%}" if s["forked"] else "" for key in forks)
         rows.append(
-            f"| {name} | {s['accuracy']:.1%} | {s['total_tokens']:.1f} | "
+            f"| {name} | {_share(s['accuracy'], len(outcomes))} | {s['total_tokens']:.1f} | "
             f"{s['critical_path_tokens']:.1f} | {s['critical_path_tokens_p95']} | "
-            f"{s['milliseconds']:.0f} | {s['milliseconds_p95']:.0f} | {s['forked']:.0%} |"
+            f"{s['milliseconds']:.0f} | {s['milliseconds_p95']:.0f} | {right} |"
         )
-    for field, label in (
-        ("critical_path_tokens", "tokens one after another"),
-        ("total_tokens", "tokens in all"),
-    ):
-        heads = " | ".join(map(str, budgets))
-        rows += [
-            "",
-            f"| solved within so many {label} | {heads} |",
-            "|---" * (len(budgets) + 1) + "|",
-        ]
+    for name, share in baselines(next(iter(found.values()))).items():
+        rows.append(f"| {name} | {share:.1%} |" + " |" * 7)
+    for field, label, scale in PANELS:
+        counts = {
+            name: sum(getattr(o, field) is not None for o in outcomes)
+            for name, outcomes in found.items()
+        }
+        heads = " | ".join(map(str, BUDGETS[field]))
+        rows += ["", f"| solved within so many {label} | {heads} |"]
+        rows.append("|---" * (len(BUDGETS[field]) + 1) + "|")
         for name, outcomes in found.items():
-            cells = " | ".join(f"{within(outcomes, field, b):.1%}" for b in budgets)
-            rows.append(f"| {name} | {cells} |")
+            cells = " | ".join(
+                _share(within(outcomes, field, budget / scale), counts[name])
+                for budget in BUDGETS[field]
+            )
+            rows.append(f"| {name} ({counts[name]} problems) | {cells} |")
     return "\n".join(rows) + "\n"
+
+
+def _share(share: float, count: int) -> str:
+    low, high = interval(share, count)
+    return f"{share:.1%} ({100 * low:.0f} to {100 * high:.0f})"
