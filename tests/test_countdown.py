@@ -91,11 +91,32 @@ def test_written_searches_end_in_right_answers() -> None:
 
 
 def test_a_written_search() -> None:
-    words, solution = traces.search_pair((9, 4), [3], 10)
-    assert " ".join(words) == "9 + 4 = 13 10 high 13 + 3 = 16 10 high 13 - 3 = 10 10 hit"
-    assert " ".join(solution) == "9 + 4 = 13 13 - 3 = 10"
-    words, solution = traces.search_pair((4, 4), [], 9)
-    assert (" ".join(words), solution) == ("4 + 4 = 8 9 low 4 - 4 = out miss", [])
+    words, found = traces.search_pair((9, 4), [3], 10)
+    assert " ".join(words) == "try 9 + 4 = 13 10 high 13 + 3 = 16 10 high 13 - 3 = 10 10 hit"
+    assert found
+    words, found = traces.search_pair((4, 4), [], 9)
+    assert " ".join(words) == "try 4 + 4 = 8 9 low try 4 - 4 = out miss"
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("try 9 + 4 = 13 13 hit answer hit <eos>", "9 + 4 = 13"),
+        (
+            "try 9 + 4 = 13 5 high 13 + 3 = 16 5 high try 9 - 4 = 5 5 hit answer hit </Conclusion>",
+            "9 - 4 = 5",
+        ),
+        ("try 9 + 4 = 13 10 high 13 - 3 = 10 10 hit </Path> answer hit", "9 + 4 = 13 13 - 3 = 10"),
+        ("try 9 + 4 = 13 10 high miss answer none", "none"),
+        ("hit answer hit", ""),
+        ("try hit answer hit", ""),
+        ("answer", ""),
+        ("try 9 + 4 = 13 13 hit", ""),
+    ],
+)
+def test_the_answer_is_read_off_the_search(text: str, answer: str) -> None:
+    assert " ".join(traces.answer_of(text.split())) == answer
 
 
 def test_held_out_numbers_are_never_trained_on() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from task import LIMIT, OPERATORS
 from tokenizers import Tokenizer, models, pre_tokenizers
-from traces import ANSWER, EOS, MOST_PATHS, TAGS
+from traces import ANSWER, EOS, HIT, MOST_PATHS, NONE, TAGS, TRY
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD = "<pad>"
@@ -19,12 +19,12 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word of the game."""
     numbers = [str(n) for n in range(LIMIT + 1)]
-    words = [*numbers, *OPERATORS, "=", "make", "try", ANSWER, "none"]
+    words = [*numbers, *OPERATORS, "=", "make", TRY, ANSWER, NONE]
     words += [
         "out",
         "low",
         "high",
-        "hit",
+        HIT,
         "miss",
         *(f"{path}:" for path in range(1, MOST_PATHS + 1)),
     ]

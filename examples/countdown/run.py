@@ -1,6 +1,6 @@
 """Trains two small models from scratch, one that forks and one that does not, and compares them.
 
-    python examples/countdown/run.py            # about 20 minutes on one idle core
+    python examples/countdown/run.py            # about 10 minutes on one idle core
     python examples/countdown/run.py --quick    # a minute: shows that it runs, learns nothing much
 
 Writes results.json, results.md, results.svg and the trace of one problem (trace.json, trace.svg).
@@ -34,7 +34,7 @@ from fork_attn.reason import trace_picture
 
 MAKERS = {"parallel": parallel_example, "serial": serial_example}
 BUDGETS = {
-    "cpu": Budget(steps=600, tokens_per_step=1024),
+    "cpu": Budget(steps=700, tokens_per_step=1024),
     "cuda": Budget(
         steps=8000, tokens_per_step=16384, learning_rate=1e-3, matrix_learning_rate=5e-3
     ),
@@ -56,7 +56,7 @@ def main() -> None:
     if args.only:
         return
     for model in models.values():
-        hf.attach(model, num_pages=2048)
+        hf.attach(model, num_pages=4096)
     problems = evaluation.held_out(args.problems, args.seed)
     timed = min(args.timed, len(problems))
     with progress(console) as bar:
@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a larger one"
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="of training (default: 600)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of training (default: 700)")
     parser.add_argument("--problems", type=int, metavar="N", help="to evaluate (default: 300)")
     parser.add_argument(
         "--timed",

@@ -1,5 +1,5 @@
-"""The game: make a target out of two or three of the numbers given, each used at most once, with
-`+` and `-`.
+"""The game: make a target out of two or three of the numbers given, which differ, each used at most
+once, with `+` and `-`.
 
 `-` is the difference, so the order of its operands does not matter. No result may be 0 or above the
 limit; such a result is written as `out`. What has no solution is answered with `none`.
@@ -16,7 +16,7 @@ from itertools import combinations
 OPERATORS = ("+", "-")
 LARGEST = 10  # number given
 LIMIT = 30  # result
-COUNTS = {2: 10, 3: 20, 4: 70}  # how many numbers a problem has, and how often, in percent
+COUNTS = {2: 20, 3: 25, 4: 55}  # how many numbers a problem has, and how often, in percent
 UNSOLVABLE = 0.1
 
 
@@ -45,12 +45,8 @@ def apply(sign: str, a: int, b: int) -> int | None:
 
 
 def first_pairs(numbers: Sequence[int]) -> list[tuple[tuple[int, int], list[int]]]:
-    """Which two numbers can be put together first, and what then is left; equal pairs once."""
-    pairs: dict[tuple[int, int], list[int]] = {}
-    for i, j in combinations(range(len(numbers)), 2):
-        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
-        pairs.setdefault((numbers[i], numbers[j]), rest)
-    return list(pairs.items())
+    """Which two numbers can be put together first, and what then is left."""
+    return [(pair, [n for n in numbers if n not in pair]) for pair in combinations(numbers, 2)]
 
 
 def reachable_from(pair: tuple[int, int], rest: Sequence[int]) -> set[int]:
@@ -102,7 +98,7 @@ def draw(rng: random.Random, held_out: bool) -> Problem:
     """
     while True:
         (count,) = rng.choices(list(COUNTS), list(COUNTS.values()))
-        numbers = tuple(sorted((rng.randint(1, LARGEST) for _ in range(count)), reverse=True))
+        numbers = tuple(sorted(rng.sample(range(1, LARGEST + 1), count), reverse=True))
         if is_held_out(numbers) != held_out:
             continue
         pairs = first_pairs(numbers)
