@@ -150,13 +150,25 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "milliseconds": 1e3 * statistics.mean(seconds),
         "milliseconds_p95": 1e3 * percentile(seconds, 0.95),
         "forked": len(forked) / len(outcomes),
-        "forked_exactly_where_more_than_one_pair": statistics.mean(
-            (o.threads > 0) == (o.pairs > 1) for o in outcomes
-        ),
-        "forked_as_wide_as_the_problem": statistics.mean(
-            o.threads == (o.pairs if o.pairs > 1 else 0) for o in outcomes
-        ),
+        "forks": forks(outcomes),
     }
+
+
+def forks(outcomes: Sequence[Outcome]) -> list[dict[str, int]]:
+    """For each number of pairs: how many problems, how many forked, how many with the right width,
+    which for one pair is no fork, and how many solved.
+    """
+    rows = []
+    for pairs in sorted({o.pairs for o in outcomes}):
+        own = [o for o in outcomes if o.pairs == pairs]
+        rows.append({
+            "pairs": pairs,
+            "problems": len(own),
+            "forked": sum(o.threads > 0 for o in own),
+            "right_width": sum(o.threads == (pairs if pairs > 1 else 0) for o in own),
+            "solved": sum(o.right for o in own),
+        })  # fmt: skip
+    return rows
 
 
 def percentile(values: Sequence[float], share: float) -> float:
