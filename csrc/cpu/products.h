@@ -167,41 +167,61 @@ void transpose_rows(const float* const* k, int count, int width, float* out) {
 // Four accumulators alone would wait for each other's additions, and round more.
 constexpr int kDotSums = kLanes == 4 ? 2 : 1;
 
-FORK_ATTN_INLINE void add_products(const float* q, const float* const* rows, int column,
-                                   VecF* sum) {
-  const VecF left = load(q);
+// scores[i][n] = q[i] . k[n] for kRows rows of q, kLanes / kRows slots at a time.
+template <int kRows>
+void dot_block(const float* q, int width, const float* const* k, int count, float* scores,
+               NextRows& next) {
+  constexpr int kSlots = kLanes / kRows;
+  for (int n = 0; n < (count + kLanes - 1) / kLanes * kLanes; n += kSlots) {
+    const float* rows[kSlots];
+    for (int i = 0; i < kSlots; ++i) rows[i] = k[n + i < count ? n + i : count - 1];
+    VecF sum[kDotSums][kLanes] = {};
+    const auto add = [&](int d, VecF* to) {
+      VecF right[kSlots];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) sum[i] += left * load(rows[i] + column);
+      for (int i = 0; i < kSlots; ++i) right[i] = load(rows[i] + d);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        const VecF left = load(q + m * width + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kSlots; ++i) to[m * kSlots + i] += left * right[i];
+      }
+    };
+    int d = 0;
+    for (; d + kDotSums * kLanes <= width; d += kDotSums * kLanes) {
+#pragma GCC unroll 2
+      for (int s = 0; s < kDotSums; ++s) add(d + s * kLanes, sum[s]);
+      next.ask();
+    }
+    for (; d < width; d += kLanes) add(d, sum[0]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      for (int s = 1; s < kDotSums; ++s) sum[0][i] += sum[s][i];
+    }
+    float lanes[kLanes];
+    store(lanes, sum_each(sum[0]));
+    for (int m = 0; m < kRows; ++m)
+      std::memcpy(scores + m * kTileSlots + n, lanes + m * kSlots, kSlots * sizeof(float));
+  }
 }
 
-// scores[i][n] = q[i] . k[n], by dot products: for few rows cheaper than transposing k. Columns
-// past `count` as above. `next` is asked for a share `dot_steps` times.
-int dot_steps(int num_rows, int width, int count) {
+// How often `dot_products` asks for a share of the next tile.
+inline int dot_steps(int num_rows, int width, int count) {
   return (count + kLanes - 1) / kLanes * num_rows * (width / (kDotSums * kLanes));
 }
 
+// scores[i][n] = q[i] . k[n], by dot products: for few rows cheaper than transposing k. Columns
+// past `count` as above.
 void dot_products(const float* q, int num_rows, int width, const float* const* k, int count,
                   float* scores, NextRows next) {
-  for (int n = 0; n < count; n += kLanes) {
-    const float* rows[kLanes];
-    for (int i = 0; i < kLanes; ++i) rows[i] = k[n + i < count ? n + i : count - 1];
-    for (int m = 0; m < num_rows; ++m) {
-      VecF sum[kDotSums][kLanes] = {};
-      int d = 0;
-      for (; d + kDotSums * kLanes <= width; d += kDotSums * kLanes) {
-#pragma GCC unroll 2
-        for (int s = 0; s < kDotSums; ++s)
-          add_products(q + m * width + d + s * kLanes, rows, d + s * kLanes, sum[s]);
-        next.ask();
-      }
-      for (; d < width; d += kLanes) add_products(q + m * width + d, rows, d, sum[0]);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        for (int s = 1; s < kDotSums; ++s) sum[0][i] += sum[s][i];
-      }
-      store(scores + m * kTileSlots + n, sum_each(sum[0]));
-    }
-  }
+  int m = 0;
+  const auto block = [&](auto rows) {
+    dot_block<rows.value>(q + m * width, width, k, count, scores + m * kTileSlots, next);
+    m += rows.value;
+  };
+  while (m + 4 <= num_rows) block(std::integral_constant<int, 4>{});
+  if (m + 2 <= num_rows) block(std::integral_constant<int, 2>{});
+  if (m < num_rows) block(std::integral_constant<int, 1>{});
 }
 
 }  // namespace
