@@ -31,7 +31,7 @@ def draw(found: dict[str, list[Outcome]], title: str = TITLE) -> Scene:
         accuracy = summary(outcomes)["accuracy"]
         marks.append(Line(((x, 56), (x + 24, 56)), colour, 3))
         marks.append(Text(x + 30, 60, f"{name}: {accuracy:.1%} solved in the end", "faint"))
-        x += 230
+        x += 250
     scene.groups.append(Group(marks))
     width = (WIDTH - 2 * MARGIN - 2 * GAP) / 3
     for i, (field, label, scale) in enumerate(PANELS):
@@ -67,7 +67,7 @@ def _panel(
 
 
 def _ticks(most: float) -> list[float]:
-    step = next(s for s in (10, 20, 25, 50, 100, 200, 500, 1000, 5000) if most / s <= 6)
+    step = next(s for s in (10, 20, 25, 50, 100, 200, 500, 1000, 2000, 5000) if most / s <= 6)
     return [step * i for i in range(int(most / step) + 1)]
 
 
