@@ -17,6 +17,7 @@ OPERATORS = ("+", "-")
 LARGEST = 10  # number given
 LIMIT = 30  # result
 COUNTS = {2: 20, 3: 25, 4: 55}  # how many numbers a problem has, and how often, in percent
+TRAINING_COUNTS = {2: 60, 3: 20, 4: 20}  # by tokens, two numbers are still the rarest
 UNSOLVABLE = 0.1
 
 
@@ -97,7 +98,8 @@ def draw(rng: random.Random, held_out: bool) -> Problem:
     likely to be it: otherwise the first pair would nearly always do, and no search would be long.
     """
     while True:
-        (count,) = rng.choices(list(COUNTS), list(COUNTS.values()))
+        counts = COUNTS if held_out else TRAINING_COUNTS
+        (count,) = rng.choices(list(counts), list(counts.values()))
         numbers = tuple(sorted(rng.sample(range(1, LARGEST + 1), count), reverse=True))
         if is_held_out(numbers) != held_out:
             continue
