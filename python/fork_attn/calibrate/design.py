@@ -65,18 +65,26 @@ def blocks_of(target: str, rows: int) -> Iterator[None]:
 
 
 def plan_rows(
-    target: str, workers: int, rows: int, roots: int, slots: int, head_dim: int, pieces: int = 1
+    target: str,
+    workers: int,
+    rows: int,
+    roots: int,
+    slots: int,
+    head_dim: int,
+    *,
+    pieces: int = 1,
+    page_size: int = PAGE,
 ) -> Plan:
     """Contexts of `slots` slots, each read by one row block of `rows` rows; cut into `pieces` times
     as many spans as the workers want."""
     group = min(rows, 4)
     cache = ForkedKVCache(
         num_layers=1,
-        num_pages=roots * (slots // PAGE + 2 + rows // group),
+        num_pages=roots * (slots // page_size + 2 + rows // group),
         num_q_heads=HEADS * group,
         num_kv_heads=HEADS,
         head_dim=head_dim,
-        page_size=PAGE,
+        page_size=page_size,
         device="meta",
     )
     contexts = [cache.new_branch() for _ in range(roots)]
@@ -84,7 +92,7 @@ def plan_rows(
     readers = [child for context in contexts for child in context.fork(rows // group)]
     shape = PlanShape(HEADS * group, HEADS, head_dim, head_dim, 2)
     with blocks_of(target, rows), cache.step(dict.fromkeys(readers, 1)):
-        return build_plan(cache._core, None, shape, PAGE, target, workers * pieces)
+        return build_plan(cache._core, None, shape, page_size, target, workers * pieces)
 
 
 def work_of(plan: Plan, target: str, workers: int) -> Work:
@@ -137,7 +145,7 @@ def resident_cases(target: str, workers: int, ns: float) -> Iterator[Case]:
     """
 
     def case(name: str, rows: int, roots: int, slots: int, dim: int = 128, pieces: int = 1) -> Case:
-        plan = plan_rows(target, workers, rows, roots, slots, dim, pieces)
+        plan = plan_rows(target, workers, rows, roots, slots, dim, pieces=pieces)
         return Case(name, rows, plan, work_of(plan, target, workers), False)
 
     yield case("one short item", 16 if target != "cpu" else 1, 1, 1)
@@ -180,9 +188,9 @@ TREES = (
 class Tensors:
     """Queries, and K and V pages, for any case on a device."""
 
-    def __init__(self, device: torch.device, num_pages: int) -> None:
+    def __init__(self, device: torch.device, num_pages: int, page_size: int = PAGE) -> None:
         self._device = device
-        shape = (num_pages, HEADS, PAGE, 128)
+        shape = (num_pages, HEADS, page_size, 128)
         self._k, self._v = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in "kv")
         for cache in (self._k, self._v):
             cache.normal_()
