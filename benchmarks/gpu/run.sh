@@ -111,13 +111,15 @@ baseline() {
 }
 
 tune() {
+    local status=0
     if [ -n "$dry" ]; then
-        limited "$python" -m fork_attn calibrate --target cpu --quick --out "$out/costs.json" || return
-        TRITON_INTERPRET=1 limited "$python" benchmarks/gpu/sweep.py --dry --out "$out"
-        return
+        limited "$python" -m fork_attn calibrate --target cpu --quick --out "$out/costs.json" || status=$?
+        TRITON_INTERPRET=1 limited "$python" benchmarks/gpu/sweep.py --dry --out "$out" || status=$?
+        return "$status"
     fi
-    limited "$python" -m fork_attn calibrate --quick --out "$out/costs.json" || return
-    limited "$python" benchmarks/gpu/sweep.py --out "$out" --seconds $((deadline - SECONDS - 15))
+    limited "$python" -m fork_attn calibrate --quick --out "$out/costs.json" || status=$?
+    limited "$python" benchmarks/gpu/sweep.py --out "$out" --seconds $((deadline - SECONDS - 15)) || status=$?
+    return "$status"
 }
 
 bench() {  # SHAPES, HEADS: of `fork-attn bench --list`, to measure a part

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fork_attn import costs
+from fork_attn import costs, ops_triton
 from fork_attn.plan import Plan, PlanOnDevice, PlanShape, make_plan, plan_data
 from fork_attn.staging import Layout, News
 
@@ -87,4 +87,6 @@ def upload_step(
         )
         for kind, d, where in zip(kinds, data, words, strict=True)
     }
+    for plan in plans.values():
+        ops_triton.prepare(plan, cache.device)
     return tensors, plans

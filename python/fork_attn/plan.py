@@ -53,6 +53,7 @@ class Plan:
     turns: dict[Any, Any] = field(repr=False, default_factory=dict)  # of rotations, by Rope
     # Set where page lists stay on the device; `buffer` then has none of its own.
     on_device: PlanOnDevice | None = field(default=None, repr=False)
+    launches: dict[torch.device, Any] = field(repr=False, default_factory=dict)  # of ops_triton
 
     @property
     def _slot_bytes(self) -> int:
