@@ -69,7 +69,6 @@ def test_tree_attention_with_every_option(open_step: Any, kv: str) -> None:
 def test_opcheck(open_step: Any) -> None:
     cache, step, q = open_step
     fa.tree_attention(q, *cache.layer(0), step.plan, backend="triton")
-    from fork_attn import ops_triton
 
     (here,) = step.plan.launches.values()
     (work,) = here.workspaces.values()
