@@ -1,4 +1,4 @@
-"""A small model over the cache, compiled whole, against itself uncompiled and against the oracle."""
+"""A small model over the cache, compiled whole, against itself uncompiled."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def compiled_steps_equal_plain_ones(
     compiler: str, device: str = "cpu", *, settles: bool = True, **options: Any
 ) -> None:
     """Prefill, forks, a join, wider and narrower steps, without graph breaks. `settles`: once the
-    number of rows is known to change, there is no recompilation either. The Triton op takes sizes of
-    the plan, of which 0 and 1 are compiled apart: a few steps only."""
+    number of rows is known to change, there is no recompilation either. The Triton op takes
+    sizes of the plan, of which 0 and 1 are compiled apart: a few steps only."""
     torch._dynamo.reset()
     cache = make_cache(device, **options)
     model = Model(cache).to(device).eval()

@@ -1,4 +1,4 @@
-"""The programs of `make gpu` as far as they go without a card; the dry run goes through all of them."""
+"""The programs of `make gpu` as far as tests take them; its dry run goes through all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
-import roofline
+import roofline  # noqa: E402
 
 
 def test_roofline_of_the_committed_suite() -> None:
