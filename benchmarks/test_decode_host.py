@@ -137,8 +137,12 @@ def test_fill(benchmark: BenchmarkFixture, width: int) -> None:
     """Positions, slots and last rows into a staging buffer."""
     d = Decoding(width)
     host = torch.zeros(3 * width, dtype=torch.int64)
-    at = [host.data_ptr() + 8 * width * i for i in range(3)]
-    timed(benchmark, lambda: d.cache._core.fill_padded_step(*at, width), d.open)
+    positions, slots, last = (host.data_ptr() + 8 * width * i for i in range(3))
+
+    def fill() -> None:
+        d.cache._core.fill_padded_step(positions, slots, last, width)
+
+    timed(benchmark, fill, d.open)
     d.close()
 
 
