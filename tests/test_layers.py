@@ -20,7 +20,7 @@ LAYERS = (
     ("errors", "_env", "_C"),
     ("checks",),
     ("kv_library",),
-    ("kv_checks", "quantise"),
+    ("kv_checks", "quantise", "costs"),
     ("plan", "plan_format", "rope"),
     ("storage", "streams", "staging", "scrub"),
     ("kernels",),
@@ -30,7 +30,7 @@ LAYERS = (
     ("",),  # fork_attn/__init__.py, the public names
     ("hf",),
     ("reason",),
-    ("demo", "plan_report", "plan_picture", "plan_command", "reason_command", "bench"),
+    ("demo", "plan_report", "plan_picture", "plan_command", "reason_command", "bench", "calibrate"),
     ("cli", "__main__"),
     ("testing",),  # for tests alone
 )
@@ -42,7 +42,7 @@ ORACLES = ("reference", "reference_cache")
 RESTRICTED = {
     "triton": ("kernels", "testing"),
     "transformers": ("hf", "reason", "demo", "reason_command"),
-    "rich": ("reason", "demo", "plan_command", "reason_command"),
+    "rich": ("reason", "demo", "plan_command", "reason_command", "calibrate"),
     "matplotlib": ("demo", "reason"),
 }
 

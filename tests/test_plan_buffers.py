@@ -3,66 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 
 import pytest
 import torch
 from cache_pair import CachePair
+from captured_pair import Captured
 from kv_table import KVTable, Model
 
 import fork_attn as fa
-from fork_attn import Branch, Draft, OutOfPages, PlanCapacityExceeded, StalePlan, Unsupported
+from fork_attn import Draft, OutOfPages, PlanCapacityExceeded, StalePlan, Unsupported
 from fork_attn.plan_buffers import PlanBuffers
 
 MODEL = Model()
 TABLE = KVTable(MODEL)
-WIDTH = 24
-
-
-class Captured:
-    """What a CUDA graph would hold: `attend` of every layer on tensors at fixed addresses."""
-
-    def __init__(self, pair: CachePair, width: int = WIDTH) -> None:
-        m = pair.model
-        self.pair = pair
-        self.buffers = PlanBuffers(pair.cache, max_tokens=width)
-        shapes = (
-            (width, m.num_q_heads, m.head_dim),
-            (width, m.num_kv_heads, m.head_dim),
-            (width, m.num_kv_heads, m.head_dim_v or m.head_dim),
-        )
-        # One input a layer, poisoned where a step is narrower.
-        self.inputs = [[torch.full(s, torch.nan, dtype=m.dtype) for s in shapes] for _ in m.windows]
-        buffers, inputs = self.buffers, self.inputs
-        self.replay = lambda: [buffers.attend(i, *qkv) for i, qkv in enumerate(inputs)]
-
-    def step(
-        self,
-        counts: Mapping[Branch, int | Draft],
-        accept: Mapping[Branch, list[int]] | None = None,
-    ) -> None:
-        """One step by replay, against the oracle; commits."""
-        pair = self.pair
-        step = pair.open(counts)
-        rows = pair.rows(counts, accept)
-        with step:
-            self.buffers.update(step)
-            n = step.num_tokens
-            identities = [t.identity for new in rows.values() for t in new.tokens]
-            for layer, (q, k, v) in enumerate(self.inputs):
-                for x in (q, k, v):
-                    x.fill_(torch.nan)
-                q[:n] = torch.randn(n, *q.shape[1:])
-                k[:n], v[:n] = pair.table.kv(layer, identities)
-            for layer, out in enumerate(self.replay()):
-                window = pair.model.windows[layer]
-                want, _ = pair.oracle.attend(rows, layer, self.inputs[layer][0][:n], window=window)
-                torch.testing.assert_close(out[:n].double(), want, atol=1e-5, rtol=1e-5)
-                assert (out[n:] == 0).all()
-            for branch, path in (accept or {}).items():
-                step.accept(path, branch)
-        pair.oracle.step(rows)
-        pair.check()
 
 
 def make(num_pages: int = 60, tail: str = "seal", page_size: int = 3) -> CachePair:

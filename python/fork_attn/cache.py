@@ -270,7 +270,9 @@ class ForkedKVCache:
             self._storage.store(layer, k, v, step.slot_mapping)
             return ops_flash.attend(q, k_cache, v_cache, tables, layer.window, *options)
         assert plan is not None
-        self._core.enter()
+        traced = torch.compiler.is_compiling()  # torch.compile cannot follow the extension
+        if not traced:
+            self._core.enter()
         try:
             self._storage.store(layer, k, v, step.slot_mapping)
             if plan.rotations is not None:
@@ -280,7 +282,8 @@ class ForkedKVCache:
                 q, k_cache, v_cache, plan, *options, *scales, backend=self.backend
             )
         finally:
-            self._core.leave()
+            if not traced:
+                self._core.leave()
         return out
 
     def layer(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:

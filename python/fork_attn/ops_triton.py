@@ -6,7 +6,6 @@ Triton is imported when a kernel first runs: the package works without it.
 from __future__ import annotations
 
 import os
-import weakref
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -152,7 +151,11 @@ class _OnDevice:
         return self.workspaces[key]
 
 
-_plans: weakref.WeakKeyDictionary[Plan, dict[torch.device, _OnDevice]] = weakref.WeakKeyDictionary()
+def prepare(plan: Plan, device: torch.device) -> None:
+    """Does what the plan's first launch on a device would do, so that torch.compile meets tensors
+    alone."""
+    plan.launches[device] = here = _OnDevice(plan, device)
+    here.workspace(plan.shape.num_q_heads, plan.shape.num_kv_heads, plan.shape.head_dim_v)
 
 
 def run(
@@ -170,10 +173,9 @@ def run(
 
     Calls for one plan share the memory of its partial results, and so belong on one stream.
     """
-    on_device = _plans.setdefault(plan, {})
-    if q.device not in on_device:
-        on_device[q.device] = _OnDevice(plan, q.device)
-    here = on_device[q.device]
+    if q.device not in plan.launches:
+        plan.launches[q.device] = _OnDevice(plan, q.device)
+    here = plan.launches[q.device]
     workspace = here.workspace(q.shape[1], k_cache.shape[2], v_cache.shape[3])
     programs = INTERPRETER_PROGRAMS
     if q.device.type == "cuda":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fork_attn import _C
+from fork_attn import _C, costs
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Plan:
     turns: dict[Any, Any] = field(repr=False, default_factory=dict)  # of rotations, by Rope
     # Set where page lists stay on the device; `buffer` then has none of its own.
     on_device: PlanOnDevice | None = field(default=None, repr=False)
+    launches: dict[torch.device, Any] = field(repr=False, default_factory=dict)  # of ops_triton
 
     @property
     def _slot_bytes(self) -> int:
@@ -133,7 +134,7 @@ def build_plan(
     """The plan of the core's open step for one kind of layer, on a target of the cost table.
 
     Raises:
-        ValueError: an unknown target, no workers, a window below 1.
+        ValueError: an unknown target, no workers, a window below 1; or see `costs.load`.
         Unsupported: `batch_invariant` with contexts that see tokens at shifted positions.
     """
     data = plan_data(
@@ -157,6 +158,7 @@ def plan_data(
     """What `build_plan` wraps; a resident plan's runs index page lists that stay on the device."""
     if window is not None and window < 1:
         raise ValueError(f"window: expected None or at least 1, got {window}")
+    costs.load()
     group = shape.num_q_heads // shape.num_kv_heads
     sizes = (shape.num_kv_heads, group, shape.head_dim, shape.head_dim_v, shape.itemsize)
     return core.build_plan(window or 0, sizes, target, num_workers, batch_invariant, resident)
