@@ -39,6 +39,8 @@ class Case:
     page_size: int = 16
     tma: bool = False
     extras: bool = False  # window, softcap and sinks
+    apart: bool = False  # merged in a launch of its own
+    invariant: bool = False  # batch-invariant
 
     @property
     def kv_dtype(self) -> str:
@@ -56,6 +58,8 @@ class Case:
         more = ", descriptors" if self.tma else ""
         more += ", window, softcap, sinks" if self.extras else ""
         more += "" if self.group == 4 else f", group {self.group}"
+        more += ", batch-invariant" if self.invariant else ""
+        more += ", merged apart" if self.apart else ""
         return f"{self.dtype}{kv}, {dims}{more}"
 
 
@@ -94,6 +98,8 @@ def compile_case(case: Case) -> Compiled:
         tma=case.tma,
         fp32=case.dtype == "fp32",
         sm=case.sm,
+        merge_apart=case.apart,
+        batch_invariant=case.invariant,
     )
     types = POINTERS | {"q": dtype, "k_cache": kv, "v_cache": kv, "out": dtype}
     types |= {"softmax_scale": "fp32", "softcap": "fp32"}
@@ -120,6 +126,7 @@ def compile_case(case: Case) -> Compiled:
         aligned=[*aligned, "q_row", "q_head"],
         num_warps=body.warps,
         num_stages=body.stages,
+        fuse=not case.invariant,
     )
 
 

@@ -10,9 +10,16 @@ from typing import Any
 import torch
 
 from fork_attn.errors import Unsupported
+from fork_attn.kernels.merge import merge_kernel
 from fork_attn.kernels.tree_attention import tree_attention_kernel
 
 MAX_HEAD_DIM = 256
+MAX_ROWS = 128  # of a row block that the planner makes for a GPU
+MERGE_ROWS = 16  # merged at a time by the last program to arrive
+MERGE_APART_ROWS = 4  # and by a program of the launch that merges alone
+# Partial results that a program merges by itself, at most: beyond, a launch of its own is expected
+# to take less time (docs/kernels/tree_attention.md).
+MOST_MERGED_BYTES = 256 * 1024
 FP8 = torch.float8_e4m3fn
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -84,6 +91,15 @@ def choose_body(
     fixed = tile * padded(head_dim) * itemsize + tile * slots * itemsize
     stages = max(1, min(3, (budget - fixed) // stage))
     return Body(tile, slots, warps, stages)
+
+
+def merges_apart(partial_rows: int, group: int, head_dim_v: int) -> bool:
+    """Whether a launch of its own merges, and not the last program to arrive.
+
+    Args:
+        partial_rows: that one program would have to merge for one KV head, at most.
+    """
+    return partial_rows * group * (head_dim_v + 1) * 4 > MOST_MERGED_BYTES
 
 
 def padded(dim: int) -> int:
@@ -169,8 +185,10 @@ def tree_attention(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     use_tma: bool | None = None,
+    merge_apart: bool = False,
+    batch_invariant: bool = False,
 ) -> None:
-    """One launch: attention over a plan, partial results merged inside.
+    """Attention over a plan, partial results merged in the same launch or in one behind it.
 
     Args:
         q: (rows, num_q_heads, head_dim); the step's rows, then those that the plan's rotations add.
@@ -188,6 +206,9 @@ def tree_attention(
         sinks: (num_q_heads,) fp32 or None.
         k_scale, v_scale: (num_kv_heads,) fp32 factors of K and V, or None.
         use_tma: load whole tiles by descriptors; None: where that applies (`tma_applies`).
+        merge_apart: merge in a launch of its own (`merges_apart`).
+        batch_invariant: the plan is, and a row's bits are to be: one body whatever the plan holds,
+            and no multiplication fused with an addition behind the kernel's back.
 
     Raises:
         Unsupported: see `check_supported`.
@@ -198,10 +219,12 @@ def tree_attention(
         raise ValueError("out, lse: expected contiguous tensors")
     check_supported(q.device, q.dtype, k_cache.dtype, (head_dim, head_dim_v))
     sm = compute_capability(q.device)
+    if batch_invariant:
+        max_block_tokens = max(1, min(64, MAX_ROWS // group))
     body = choose_body(
         max_block_tokens * group, head_dim, head_dim_v, q.element_size(), k_cache.element_size(), sm
     )
-    applies = tma_applies(k_cache, v_cache, body, sm)
+    applies = not batch_invariant and tma_applies(k_cache, v_cache, body, sm)
     if use_tma and not applies:
         raise ValueError("use_tma: descriptors cannot load these tensors (see tma_applies)")
     tma = applies if use_tma is None else use_tma
@@ -226,6 +249,7 @@ def tree_attention(
         softmax_scale,
         softcap,
         num_warps=body.warps,
+        enable_fp_fusion=not batch_invariant,
         **constants(
             body,
             num_kv_heads=k_cache.shape[2],
@@ -244,8 +268,23 @@ def tree_attention(
             tma=tma,
             fp32=q.dtype == torch.float32,
             sm=sm,
+            merge_apart=merge_apart,
+            batch_invariant=batch_invariant,
         ),
     )
+    if merge_apart:
+        num_q_heads = group * k_cache.shape[2]
+        merge_kernel[(-(-out.shape[0] * num_q_heads // MERGE_APART_ROWS),)](
+            plan,
+            out,
+            lse,
+            workspace.partial_out,
+            workspace.partial_lse,
+            sinks,
+            num_warps=1,
+            enable_fp_fusion=not batch_invariant,
+            **merge_constants(num_q_heads, head_dim_v, sinks is not None, batch_invariant),
+        )
 
 
 def constants(
@@ -267,6 +306,8 @@ def constants(
     tma: bool,
     fp32: bool,
     sm: int,
+    merge_apart: bool,
+    batch_invariant: bool,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments; strides are those of page, slot and head."""
     return {
@@ -292,6 +333,23 @@ def constants(
         "STAGES": body.stages,
         "PRECISION": "ieee" if fp32 else "tf32",
         "CALLS": sm < 100,  # Triton 3.6 cannot call functions that use tensor memory
+        "INVARIANT": batch_invariant,
+        "MERGE": not merge_apart,
+        "MERGE_ROWS": min(body.rows, MERGE_ROWS),
+    }
+
+
+def merge_constants(
+    num_q_heads: int, head_dim_v: int, sinks: bool, batch_invariant: bool
+) -> dict[str, Any]:
+    """The merging kernel's compile-time arguments."""
+    return {
+        "NUM_Q_HEADS": num_q_heads,
+        "DV": head_dim_v,
+        "BLOCK_DV": padded(head_dim_v),
+        "ROWS": MERGE_APART_ROWS,
+        "HAS_SINKS": sinks,
+        "INVARIANT": batch_invariant,
     }
 
 

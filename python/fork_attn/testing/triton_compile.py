@@ -51,6 +51,7 @@ def compile_kernel(
     aligned: Sequence[str] = (),
     num_warps: int = 4,
     num_stages: int = 3,
+    fuse: bool = True,
 ) -> Compiled:
     """Compiles `kernel` for sm_`arch`.
 
@@ -61,14 +62,14 @@ def compile_kernel(
         constants: the values of the constexpr parameters.
         arch: 80, 90 or 100.
         aligned: parameters that are divisible by 16, as the JIT would see.
-        num_warps, num_stages: as in a launch.
+        num_warps, num_stages: as in a launch; `fuse` is its enable_fp_fusion.
     """
     names = list(signature)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(
         fn=kernel, signature=dict(signature), constexprs=dict(constants), attrs=attributes
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
