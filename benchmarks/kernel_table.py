@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fork_attn.kernels.launch import Body, choose_body, constants
+from fork_attn.kernels.launch import Body, choose_body, constants, invariant_rows
 from fork_attn.kernels.tree_attention import tree_attention_kernel
 from fork_attn.testing.triton_compile import Compiled, compile_kernel
 
@@ -49,7 +49,8 @@ class Case:
     @property
     def body(self) -> Body:
         sizes = (BYTES[self.dtype], BYTES[self.kv_dtype])
-        return choose_body(self.rows, *self.dims, *sizes, self.sm)
+        rows = invariant_rows(self.sm) if self.invariant else self.rows
+        return choose_body(rows, *self.dims, *sizes, self.sm)
 
     @property
     def name(self) -> str:

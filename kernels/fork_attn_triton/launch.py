@@ -14,7 +14,6 @@ from fork_attn.kernels.merge import merge_kernel
 from fork_attn.kernels.tree_attention import tree_attention_kernel
 
 MAX_HEAD_DIM = 256
-MAX_ROWS = 128  # of a row block that the planner makes for a GPU
 MERGE_ROWS = 16  # merged at a time by the last program to arrive
 MERGE_APART_ROWS = 4  # and by a program of the launch that merges alone
 # Partial results that a program merges by itself, at most: beyond, a launch of its own is expected
@@ -91,6 +90,25 @@ def choose_body(
     fixed = tile * padded(head_dim) * itemsize + tile * slots * itemsize
     stages = max(1, min(3, (budget - fixed) // stage))
     return Body(tile, slots, warps, stages)
+
+
+def invariant_rows(sm: int) -> int:
+    """Rows of the one body of batch-invariant launches: what a block of the planner's may hold; on
+    sm_100, where that body spills in its loops, half of it, in two passes."""
+    return 128 if sm < 100 else 64
+
+
+def invariant_tokens(group: int, max_block_tokens: int) -> int:
+    """Tokens of a block that batch-invariant launches are compiled for: what the planner puts into
+    one at most, whatever this plan does.
+
+    Raises:
+        ValueError: the plan is not one of the planner's for a GPU.
+    """
+    most = max(1, min(64, 128 // group))
+    if max_block_tokens > most:
+        raise ValueError(f"max_block_tokens: expected at most {most}, got {max_block_tokens}")
+    return most
 
 
 def merges_apart(partial_rows: int, group: int, head_dim_v: int) -> bool:
@@ -220,9 +238,10 @@ def tree_attention(
     check_supported(q.device, q.dtype, k_cache.dtype, (head_dim, head_dim_v))
     sm = compute_capability(q.device)
     if batch_invariant:
-        max_block_tokens = max(1, min(64, MAX_ROWS // group))
+        max_block_tokens = invariant_tokens(group, max_block_tokens)
+    rows = invariant_rows(sm) if batch_invariant else max_block_tokens * group
     body = choose_body(
-        max_block_tokens * group, head_dim, head_dim_v, q.element_size(), k_cache.element_size(), sm
+        rows, head_dim, head_dim_v, q.element_size(), k_cache.element_size(), sm
     )
     applies = not batch_invariant and tma_applies(k_cache, v_cache, body, sm)
     if use_tma and not applies:

@@ -32,7 +32,7 @@ class Compiled:
     shared: int  # bytes per program
     instructions: int
     spills: int  # local loads and stores
-    hot_spills: int  # of these, in basic blocks with products: the inner loops
+    hot_spills: int  # of these, in basic blocks with products: the inner loops; not of functions
     hgmma: int  # warpgroup products
     hmma: int  # warp products of 16-bit elements
     tcgen05: int
@@ -102,7 +102,8 @@ def compile_kernel(
 
 def _hot_spills(sass: str) -> int:
     total = 0
-    for block in re.split(r"^\.L_x_\d+:", sass, flags=re.MULTILINE):
+    kernel = re.split(r"^\$\w", sass, maxsplit=1, flags=re.MULTILINE)[0]
+    for block in re.split(r"^\.L_x_\d+:", kernel, flags=re.MULTILINE):
         operations = _OPERATION.findall(block)
         products = sum(bool(re.match(r"HG?MMA|UTC.*MMA", x)) for x in operations)
         if products or operations.count("FFMA") > 500:
