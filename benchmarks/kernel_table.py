@@ -99,7 +99,7 @@ def compile_case(case: Case) -> Compiled:
         tma=case.tma,
         fp32=case.dtype == "fp32",
         sm=case.sm,
-        merge_apart=case.apart,
+        merge="apart" if case.apart or case.invariant else "inside",
         batch_invariant=case.invariant,
     )
     types = POINTERS | {"q": dtype, "k_cache": kv, "v_cache": kv, "out": dtype}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ MERGE_APART_ROWS = 4  # and by a program of the launch that merges alone
 # to take less time (docs/kernels/tree_attention.md).
 MOST_MERGED_BYTES = 256 * 1024
 FP8 = torch.float8_e4m3fn
+Merge = Literal["inside", "apart", "none"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -111,13 +112,20 @@ def invariant_tokens(group: int, max_block_tokens: int) -> int:
     return most
 
 
-def merges_apart(partial_rows: int, group: int, head_dim_v: int) -> bool:
-    """Whether a launch of its own merges, and not the last program to arrive.
+def choose_merge(
+    max_merge_rows: int, group: int, head_dim_v: int, batch_invariant: bool = False
+) -> Merge:
+    """Who merges: nobody where there are no partial rows, the last program to arrive unless that is
+    too much for one, else a launch of its own.
 
     Args:
-        partial_rows: that one program would have to merge for one KV head, at most.
+        max_merge_rows: partial rows that one program would merge for one KV head, at most.
+        batch_invariant: merged in one place, whatever else is in the batch.
     """
-    return partial_rows * group * (head_dim_v + 1) * 4 > MOST_MERGED_BYTES
+    if max_merge_rows == 0:
+        return "none"
+    size = max_merge_rows * group * (head_dim_v + 1) * 4
+    return "apart" if batch_invariant or size > MOST_MERGED_BYTES else "inside"
 
 
 def padded(dim: int) -> int:
@@ -203,7 +211,7 @@ def tree_attention(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     use_tma: bool | None = None,
-    merge_apart: bool = False,
+    merge: Merge = "inside",
     batch_invariant: bool = False,
 ) -> None:
     """Attention over a plan, partial results merged in the same launch or in one behind it.
@@ -224,7 +232,8 @@ def tree_attention(
         sinks: (num_q_heads,) fp32 or None.
         k_scale, v_scale: (num_kv_heads,) fp32 factors of K and V, or None.
         use_tma: load whole tiles by descriptors; None: where that applies (`tma_applies`).
-        merge_apart: merge in a launch of its own (`merges_apart`).
+        merge: the last program to arrive merges ("inside"), or a launch of its own ("apart"; see
+            `choose_merge`); "none": the plan has no partial rows.
         batch_invariant: the plan is, and a row's bits are to be: one body whatever the plan holds,
             and no multiplication fused with an addition behind the kernel's back.
 
@@ -287,11 +296,11 @@ def tree_attention(
             tma=tma,
             fp32=q.dtype == torch.float32,
             sm=sm,
-            merge_apart=merge_apart,
+            merge=merge,
             batch_invariant=batch_invariant,
         ),
     )
-    if merge_apart:
+    if merge == "apart":
         num_q_heads = group * k_cache.shape[2]
         merge_kernel[(-(-out.shape[0] * num_q_heads // MERGE_APART_ROWS),)](
             plan,
@@ -325,7 +334,7 @@ def constants(
     tma: bool,
     fp32: bool,
     sm: int,
-    merge_apart: bool,
+    merge: Merge,
     batch_invariant: bool,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments; strides are those of page, slot and head."""
@@ -353,7 +362,7 @@ def constants(
         "PRECISION": "ieee" if fp32 else "tf32",
         "CALLS": sm < 100,  # Triton 3.6 cannot call functions that use tensor memory
         "INVARIANT": batch_invariant,
-        "MERGE": not merge_apart,
+        "MERGE": merge == "inside",
         "MERGE_ROWS": min(body.rows, MERGE_ROWS),
     }
 
