@@ -23,9 +23,11 @@ class Setting:
     head_dims: tuple[int, ...] = (8, 24, 64)
     head_dims_v: tuple[int, ...] = (8, 40, 64)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    windows: tuple[int | None, ...] = (None, None, 1, 70, 300)
     page_sizes: tuple[int, ...] = (1, 5, 16, 64)
     workers: tuple[int, ...] = (1, 2, 7, 40)
     counts: tuple[int, ...] = (1, 1, 1, 2, 30, 100, 500)  # new tokens of a branch in a step
+    last_counts: tuple[int, ...] = (1, 1, 1, 2, 30, 100, 500)  # in the step that is compared
     num_pages: int = 20000
 
 
@@ -59,7 +61,7 @@ def make_cache(
             "num_kv_heads": heads,
             "head_dim": rng.choice(setting.head_dims),
             "head_dim_v": rng.choice(setting.head_dims_v),
-            "sliding_window": rng.choice([None, None, 1, 70, 300]),
+            "sliding_window": rng.choice(setting.windows),
             "dtype": rng.choice(setting.dtypes),
         }
     else:
@@ -189,7 +191,7 @@ class Crowd:
         chosen = [b for b in self.contexts if rng.random() < 0.8] or list(self.contexts)[:1]
         entries: dict[fa.Branch, int | fa.Draft] = {}
         for branch in chosen:
-            count = rng.choice(self.setting.counts)
+            count = rng.choice(self.setting.last_counts if attend else self.setting.counts)
             draft = count < 100 and rng.random() < 0.3
             entries[branch] = (
                 fa.Draft([rng.randint(max(-1, i - 3), i - 1) for i in range(count)])
