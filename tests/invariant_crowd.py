@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import fork_attn as fa
+from fork_attn.plan_buffers import PlanBuffers
 from fork_attn.reference import attention
 from fork_attn.testing.tolerance import assert_close_to_oracle
 
@@ -271,3 +272,28 @@ def alone(crowd: Crowd, row: Row, new: int) -> tuple[torch.Tensor, torch.Tensor]
                 out, lse = run(cache, step, q, row.context[at:end], crowd.options)
         at = end
     return out[-1], lse[-1]
+
+
+def check_buffers(crowd: Crowd) -> None:
+    """A step of one token a branch gives the same bits through fixed buffers, padded."""
+    cache, layer = crowd.cache, crowd.cache._layer(0)
+    branches = list(crowd.contexts)
+    width = len(branches) + 3
+    buffers = PlanBuffers(cache, max_tokens=width, max_plan_bytes=2**20, max_partial_rows=2000)
+    with cache.step(dict.fromkeys(branches, 1)) as step:
+        q = torch.randn(len(branches), layer.num_q_heads, layer.head_dim).to(cache.dtype)
+        tokens = random_tokens(cache, step.position_ids.tolist())
+        out, _ = run(cache, step, q, tokens, crowd.options)
+        buffers.update(step)
+        k, v = (torch.stack([getattr(t, name) for t in tokens]) for name in "kv")
+        padded = [
+            torch.cat([x, x.new_full((3, *x.shape[1:]), torch.nan)]).to(cache.device)
+            for x in (q, k, v)
+        ]
+        sinks = crowd.options.get("sinks")
+        options = crowd.options | {"sinks": None if sinks is None else sinks.to(cache.device)}
+        through = buffers.attend(0, *padded, **options)
+    assert same_bits(through[: len(branches)].cpu(), out)
+    assert (through[len(branches) :] == 0).all()
+    for branch, token in zip(branches, tokens, strict=True):
+        crowd.contexts[branch].append(token)

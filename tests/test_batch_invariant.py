@@ -7,7 +7,7 @@ import random
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from invariant_crowd import Crowd, alone, check_against_oracle, same_bits
+from invariant_crowd import Crowd, alone, check_against_oracle, check_buffers, same_bits
 
 
 @settings(max_examples=25, deadline=None, phases=[Phase.generate])
@@ -21,6 +21,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_crowd(seed: int) -> None:
         for _ in range(rng.randint(3, 14)):
             crowd.act()
         torch.set_num_threads(rng.choice([1, 2, 5]))
+        check_buffers(crowd)
         rows = crowd.step()
         check_against_oracle(crowd, rows)
         for row in rng.sample(rows, min(6, len(rows))):

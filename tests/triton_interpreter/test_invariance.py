@@ -22,6 +22,7 @@ from invariant_crowd import (
     Setting,
     alone,
     check_against_oracle,
+    check_buffers,
     random_tokens,
     run,
     same_bits,
@@ -56,6 +57,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_crowd(seed: int) -> None:
     crowd = Crowd(rng, SETTING)
     for _ in range(rng.randint(5, 14)):
         crowd.act()
+    check_buffers(crowd)
     rows = crowd.step()
     check_against_oracle(crowd, rows)
     for row in rng.sample(rows, min(3, len(rows))):
