@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fork_attn.kernels.launch import Body, choose_body, constants, invariant_rows
+from fork_attn.kernels.launch import (
+    Body,
+    choose_body,
+    constants,
+    invariant_rows,
+    merge_constants,
+)
+from fork_attn.kernels.merge import merge_kernel
 from fork_attn.kernels.tree_attention import tree_attention_kernel
 from fork_attn.testing.triton_compile import Compiled, compile_kernel
 
@@ -60,7 +67,7 @@ class Case:
         more += ", window, softcap, sinks" if self.extras else ""
         more += "" if self.group == 4 else f", group {self.group}"
         more += ", batch-invariant" if self.invariant else ""
-        more += ", merged apart" if self.apart else ""
+        more += ", merged apart" if self.apart and not self.invariant else ""
         return f"{self.dtype}{kv}, {dims}{more}"
 
 
@@ -74,6 +81,13 @@ CASES = [
     Case(90, 128, dims=(192, 128)),
     Case(90, 128, dims=(256, 256)),
     Case(90, 16, dtype="fp32"),
+    Case(80, 64, apart=True),
+    Case(90, 128, apart=True),
+    *(Case(sm, 128, invariant=True) for sm in (80, 90, 100)),
+    Case(90, 128, kv="fp8e4nv", invariant=True),
+    Case(90, 128, group=2, extras=True, invariant=True),
+    Case(90, 128, dims=(192, 128), invariant=True),
+    Case(90, 16, dtype="fp32", invariant=True),
 ]  # fmt: skip
 
 
@@ -128,6 +142,19 @@ def compile_case(case: Case) -> Compiled:
         num_warps=body.warps,
         num_stages=body.stages,
         fuse=not case.invariant,
+    )
+
+
+def compile_merge(sm: int, head_dim_v: int = 128, invariant: bool = False) -> Compiled:
+    """The kernel that merges in a launch of its own, for bf16."""
+    values = merge_constants(4 * KV_HEADS, head_dim_v, True, invariant)
+    types = POINTERS | {"out": "*bf16", "sinks": "*fp32"}
+    signature = {
+        name: "constexpr" if name in values else types[name] for name in merge_kernel.arg_names
+    }
+    pointers = [name for name in signature if name in types]
+    return compile_kernel(
+        merge_kernel, signature, values, sm, aligned=pointers, num_warps=1, fuse=not invariant
     )
 
 

@@ -40,6 +40,7 @@ class Compiled:
     wide_loads: int  # 128 bits to registers or, asynchronously, to shared memory
     atomics: int
     ptx: str
+    ttgir: str  # with every tensor's layout
 
 
 def compile_kernel(
@@ -97,6 +98,7 @@ def compile_kernel(
         wide_loads=count(r"LDG\.E(\.\w+)*\.128|LDGSTS.*128"),
         atomics=count("ATOM"),
         ptx=result.asm["ptx"],
+        ttgir=result.asm["ttgir"],
     )
 
 
