@@ -112,19 +112,20 @@ def _serve_isolated(
     NUM_KV_HEADS: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
     GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, INVARIANT: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr,
+    HAS_V_SCALE: tl.constexpr, PRECISION: tl.constexpr, INVARIANT: tl.constexpr,
 ):  # fmt: skip
-    """`_serve` again, slowly, with ISOLATE."""
-    _serve(
-        first, head, token_begin, num_tokens, run_begin, run_end, partial_begin,
-        q, k_cache, v_cache, None, None, plan32, pages, out, lse, partial_out, partial_lse,
-        sinks, k_scale, v_scale, q_row, q_head, softmax_scale, softcap,
-        NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP, PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV,
-        BLOCK_M, BLOCK_N, WIDE, HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE,
-        HAS_V_SCALE, False, 1, PRECISION, True, INVARIANT,
-    )  # fmt: skip
+    """`_serve` of ROWS rows again, slowly, with ISOLATE."""
+    for begin in range(first, tl.minimum(first + ROWS, num_tokens * GROUP), BLOCK_M):
+        _serve(
+            begin, head, token_begin, num_tokens, run_begin, run_end, partial_begin,
+            q, k_cache, v_cache, None, None, plan32, pages, out, lse, partial_out, partial_lse,
+            sinks, k_scale, v_scale, q_row, q_head, softmax_scale, softcap,
+            NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP, PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV,
+            BLOCK_M, BLOCK_N, WIDE, HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE,
+            HAS_V_SCALE, False, 1, PRECISION, True, INVARIANT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -168,8 +169,9 @@ def tree_attention_kernel(
     spans = section(plan32, OFF_SPANS)
     num_spans = tl.load(plan32 + NUM_SPANS)
     NUM_Q_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    # Where a result is not finite, other tiles do; batch-invariant plans keep to theirs.
-    SLOW_N: tl.constexpr = BLOCK_N if INVARIANT else 16
+    # Where a result is not finite, small tiles do; batch-invariant launches keep to theirs.
+    SLOW_ROWS: tl.constexpr = BLOCK_M if INVARIANT else 16
+    SLOW_SLOTS: tl.constexpr = BLOCK_N if INVARIANT else 16
     for unit in range(program, num_spans * NUM_KV_HEADS, tl.num_programs(0)):
         head = unit // num_spans
         span = unit % num_spans
@@ -197,8 +199,8 @@ def tree_attention_kernel(
                             partial_begin, q, k_cache, v_cache, plan32, pages, out, lse,
                             partial_out, partial_lse, sinks, k_scale, v_scale, q_row, q_head,
                             softmax_scale, softcap, NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP,
-                            PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SLOW_N, WIDE,
-                            HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE,
+                            PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, SLOW_ROWS, SLOW_SLOTS, BLOCK_M,
+                            WIDE, HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE,
                             PRECISION, INVARIANT,
                         )  # fmt: skip
                     else:
@@ -207,9 +209,9 @@ def tree_attention_kernel(
                             partial_begin, q, k_cache, v_cache, None, None, plan32, pages, out,
                             lse, partial_out, partial_lse, sinks, k_scale, v_scale, q_row, q_head,
                             softmax_scale, softcap, NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP,
-                            PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SLOW_N, WIDE, HAS_WINDOW,
-                            HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, False, 1, PRECISION,
-                            True, INVARIANT,
+                            PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SLOW_SLOTS, WIDE,
+                            HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, False, 1,
+                            PRECISION, True, INVARIANT,
                         )  # fmt: skip
             if MERGE:
                 if partial_begin >= 0:
