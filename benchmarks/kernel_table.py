@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fork_attn.kernels.launch import (
+    APART_WARPS,
     Body,
     choose_body,
     constants,
@@ -154,7 +155,13 @@ def compile_merge(sm: int, head_dim_v: int = 128, invariant: bool = False) -> Co
     }
     pointers = [name for name in signature if name in types]
     return compile_kernel(
-        merge_kernel, signature, values, sm, aligned=pointers, num_warps=1, fuse=not invariant
+        merge_kernel,
+        signature,
+        values,
+        sm,
+        aligned=pointers,
+        num_warps=APART_WARPS,
+        fuse=not invariant,
     )
 
 

@@ -14,11 +14,11 @@ from fork_attn.kernels.merge import merge_kernel
 from fork_attn.kernels.tree_attention import tree_attention_kernel
 
 MAX_HEAD_DIM = 256
-MERGE_ROWS = 16  # merged at a time by the last program to arrive
-MERGE_APART_ROWS = 4  # and by a program of the launch that merges alone
+# A launch that merges alone: rows and warps of a program, partial rows of a row loaded at once.
+APART_ROWS, APART_WARPS, APART_AT_ONCE = 4, 4, 16
 # Partial results that a program merges by itself, at most: beyond, a launch of its own is expected
 # to take less time (docs/kernels/tree_attention.md).
-MOST_MERGED_BYTES = 256 * 1024
+MOST_MERGED_BYTES = 192 * 1024
 FP8 = torch.float8_e4m3fn
 Merge = Literal["inside", "apart", "none"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -302,14 +302,14 @@ def tree_attention(
     )
     if merge == "apart":
         num_q_heads = group * k_cache.shape[2]
-        merge_kernel[(-(-out.shape[0] * num_q_heads // MERGE_APART_ROWS),)](
+        merge_kernel[(-(-out.shape[0] * num_q_heads // APART_ROWS),)](
             plan,
             out,
             lse,
             workspace.partial_out,
             workspace.partial_lse,
             sinks,
-            num_warps=1,
+            num_warps=APART_WARPS,
             enable_fp_fusion=not batch_invariant,
             **merge_constants(num_q_heads, head_dim_v, sinks is not None, batch_invariant),
         )
@@ -365,7 +365,7 @@ def constants(
         "CALLS": not (batch_invariant and sm >= 90 and body.rows >= 64),
         "INVARIANT": batch_invariant,
         "MERGE": merge == "inside",
-        "MERGE_ROWS": min(body.rows, MERGE_ROWS),
+        "MERGE_ROWS": min(body.rows, 4 * body.warps),
     }
 
 
@@ -377,7 +377,8 @@ def merge_constants(
         "NUM_Q_HEADS": num_q_heads,
         "DV": head_dim_v,
         "BLOCK_DV": padded(head_dim_v),
-        "ROWS": MERGE_APART_ROWS,
+        "ROWS": APART_ROWS,
+        "AT_ONCE": APART_AT_ONCE,
         "HAS_SINKS": sinks,
         "INVARIANT": batch_invariant,
     }

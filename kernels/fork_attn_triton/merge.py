@@ -13,7 +13,7 @@ from fork_attn.kernels.plan_fields import NUM_TOKENS
 def merge_kernel(
     plan, out, lse, partial_out, partial_lse, sinks,
     NUM_Q_HEADS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ROWS: tl.constexpr, HAS_SINKS: tl.constexpr, INVARIANT: tl.constexpr,
+    ROWS: tl.constexpr, AT_ONCE: tl.constexpr, HAS_SINKS: tl.constexpr, INVARIANT: tl.constexpr,
 ):  # fmt: skip
     """Program p merges ROWS rows of (token, query head) from row p * ROWS on.
 
@@ -25,5 +25,5 @@ def merge_kernel(
     ok = token < tl.load(plan32 + NUM_TOKENS)
     merge_partials(
         token, row % NUM_Q_HEADS, ok, plan32, out, lse, partial_out, partial_lse, sinks,
-        NUM_Q_HEADS, DV, BLOCK_DV, ROWS, HAS_SINKS, INVARIANT,
+        NUM_Q_HEADS, DV, BLOCK_DV, ROWS, AT_ONCE, HAS_SINKS, INVARIANT,
     )  # fmt: skip

@@ -49,11 +49,12 @@ def arrive(
 def merge_partials(
     token, head_q, ok, plan32, out, lse, partial_out, partial_lse, sinks,
     NUM_Q_HEADS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ROWS: tl.constexpr, HAS_SINKS: tl.constexpr, INVARIANT: tl.constexpr,
+    ROWS: tl.constexpr, AT_ONCE: tl.constexpr, HAS_SINKS: tl.constexpr, INVARIANT: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial rows of the rows that are `ok`, in the plan's order, and writes them.
 
-    Rows without partial rows stay as they are.
+    Rows without partial rows stay as they are. AT_ONCE partial rows of a row are on their way at a
+    time.
     """
     d = tl.arange(0, BLOCK_DV)
     merge_indptr = section(plan32, OFF_MERGE_INDPTR)
@@ -63,20 +64,30 @@ def merge_partials(
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    # Unrolled, so that several partial rows are on their way at a time.
-    for s in tl.range(0, tl.max(count, 0), loop_unroll_factor=4):
-        more = s < count
-        row = tl.load(merge_rows + begin + s, mask=more, other=0).to(tl.int64)
-        at = row * NUM_Q_HEADS + head_q
-        state_lse = tl.load(partial_lse + at, mask=more, other=-float("inf"), cache_modifier=".cg")
-        state = tl.load(
-            partial_out + at[:, None] * DV + d[None, :],
-            mask=more[:, None] & (d < DV)[None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        if INVARIANT:
-            acc, top = fold_state(acc, top, state, state_lse)
-        else:
-            top, total, acc = add_state(state, state_lse * LOG2E, top, total, acc)
+    for first in range(0, tl.max(count, 0), AT_ONCE):
+        places = ()
+        for i in tl.static_range(AT_ONCE):
+            more = first + i < count
+            row = tl.load(merge_rows + begin + first + i, mask=more, other=0).to(tl.int64)
+            places = places + (row * NUM_Q_HEADS + head_q,)
+        states = ()
+        lses = ()
+        for i in tl.static_range(AT_ONCE):
+            more = first + i < count
+            state_lse = tl.load(
+                partial_lse + places[i], mask=more, other=-float("inf"), cache_modifier=".cg"
+            )
+            state = tl.load(
+                partial_out + places[i][:, None] * DV + d[None, :],
+                mask=more[:, None] & (d < DV)[None, :], other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            lses = lses + (state_lse,)
+            states = states + (state,)
+        for i in tl.static_range(AT_ONCE):
+            if INVARIANT:
+                acc, top = fold_state(acc, top, states[i], lses[i])
+            else:
+                top, total, acc = add_state(states[i], lses[i] * LOG2E, top, total, acc)
     sink = top
     if HAS_SINKS:
         sink = tl.load(sinks + head_q, mask=ok, other=0.0)

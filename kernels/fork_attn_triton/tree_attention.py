@@ -145,7 +145,8 @@ def _merge_item(
             token = tl.load(tokens + t, mask=ok, other=0)
             merge_partials(
                 token, head * GROUP + m % GROUP, ok & mine, plan32, out, lse, partial_out,
-                partial_lse, sinks, NUM_KV_HEADS * GROUP, DV, BLOCK_DV, ROWS, HAS_SINKS, INVARIANT,
+                partial_lse, sinks, NUM_KV_HEADS * GROUP, DV, BLOCK_DV, ROWS, 4, HAS_SINKS,
+                INVARIANT,
             )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def limits(case: object) -> tuple[int, int]:
     if case.rows <= 16:
         return 16, 0
     if case.sm >= 100:
-        return 208, 8 if case.tma else 0
+        return 208, 8
     if case.sm >= 90:
         return 160 if max(case.dims) > 128 else 96, 0
     return 208, 0
@@ -101,8 +101,8 @@ def test_a_batch_invariant_body_rounds_alike_everywhere(case: object) -> None:
 @pytest.mark.parametrize("sm", [80, 90, 100])
 def test_merging_apart(sm: int, head_dim_v: int, invariant: bool) -> None:
     compiled = table.compile_merge(sm, head_dim_v, invariant)
-    assert compiled.stack == 0 and compiled.registers <= 160
-    assert compiled.wide_loads >= 4 * head_dim_v // 64  # four partial rows on their way
+    assert compiled.stack <= 8 and compiled.registers <= 128
+    assert compiled.wide_loads >= head_dim_v // 8 or head_dim_v < 128  # 16 partial rows at a time
     assert not invariant or not re.search(r"\bfma\.rn\.f32", compiled.ptx)
 
 

@@ -163,7 +163,7 @@ class TestMerging:
 
     def test_who_merges(self) -> None:
         assert launch.choose_merge(0, 4, 128) == "none"
-        assert launch.choose_merge(10 * 12, 4, 128) == "inside"
+        assert launch.choose_merge(10 * 9, 4, 128) == "inside"
         assert launch.choose_merge(10 * 16, 4, 128) == "apart"
         assert launch.choose_merge(1, 1, 64, batch_invariant=True) == "apart"
         assert launch.choose_merge(0, 1, 64, batch_invariant=True) == "none"
