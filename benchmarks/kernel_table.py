@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fork_attn.kernels.launch import (
+from fork_attn.kernels.bodies import (
     APART_WARPS,
     Body,
     choose_body,

@@ -7,12 +7,13 @@ Counts are exact. Times are a model of latency and of one SM's share of L2, not 
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from fork_attn.kernels.launch import (
+from fork_attn.kernels.bodies import (
     APART_AT_ONCE,
     APART_ROWS,
     choose_merge,
@@ -57,7 +58,7 @@ class Merge:
     @property
     def apart_us(self) -> float:
         """By a launch of its own, over all rows of the plan."""
-        waves = -(-(-(-self.all_rows // APART_ROWS)) // PROGRAMS)
+        waves = math.ceil(self.all_rows / (APART_ROWS * PROGRAMS))
         rounds = 1 + waves * -(-self.cuts // APART_AT_ONCE)
         return LAUNCH_US + rounds * 2 * LATENCY_US + self.plan_size / L2_BYTES_PER_US
 
@@ -104,9 +105,8 @@ def line(name: str, heads: str, merge: Merge) -> str:
 
 def render(lines: list[str]) -> str:
     """The table."""
-    head = (
-        "| id | heads | rows | cuts | KiB | kernel us | inside us | apart us | chosen | % of kernel |"
-    )
+    columns = "id|heads|rows|cuts|KiB|kernel us|inside us|apart us|chosen|% of kernel".split("|")
+    head = "| " + " | ".join(columns) + " |"
     return "\n".join([head, "|---|---|--:|--:|--:|--:|--:|--:|---|--:|", *lines])
 
 

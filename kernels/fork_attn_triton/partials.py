@@ -65,11 +65,12 @@ def merge_partials(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     for first in range(0, tl.max(count, 0), AT_ONCE):
+        # Unpacking into a tuple is not part of Triton's language.
         places = ()
         for i in tl.static_range(AT_ONCE):
             more = first + i < count
             row = tl.load(merge_rows + begin + first + i, mask=more, other=0).to(tl.int64)
-            places = places + (row * NUM_Q_HEADS + head_q,)
+            places = places + (row * NUM_Q_HEADS + head_q,)  # noqa: RUF005
         states = ()
         lses = ()
         for i in tl.static_range(AT_ONCE):
@@ -81,8 +82,8 @@ def merge_partials(
                 partial_out + places[i][:, None] * DV + d[None, :],
                 mask=more[:, None] & (d < DV)[None, :], other=0.0, cache_modifier=".cg",
             )  # fmt: skip
-            lses = lses + (state_lse,)
-            states = states + (state,)
+            lses = lses + (state_lse,)  # noqa: RUF005
+            states = states + (state,)  # noqa: RUF005
         for i in tl.static_range(AT_ONCE):
             if INVARIANT:
                 acc, top = fold_state(acc, top, states[i], lses[i])

@@ -214,7 +214,7 @@ def tree_attention_kernel(
                             HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, False, 1,
                             PRECISION, True, INVARIANT,
                         )  # fmt: skip
-            if MERGE:
+            if MERGE:  # noqa: SIM102, known when compiled
                 if partial_begin >= 0:
                     _merge_item(
                         tokens, num_tokens, head, plan32, out, lse, partial_out, partial_lse,

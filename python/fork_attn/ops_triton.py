@@ -17,7 +17,8 @@ from fork_attn.plan import Plan
 from fork_attn.plan_format import header, sections
 
 if TYPE_CHECKING:
-    from fork_attn.kernels.launch import Merge, Workspace
+    from fork_attn.kernels.bodies import Merge
+    from fork_attn.kernels.launch import Workspace
 
 INTERPRETER_PROGRAMS = 4
 
@@ -159,7 +160,7 @@ class _OnDevice:
         return self.workspaces[key]
 
     def merge(self, group: int, head_dim_v: int) -> Merge:
-        from fork_attn.kernels.launch import choose_merge
+        from fork_attn.kernels.bodies import choose_merge
 
         return choose_merge(self.max_merge_rows, group, head_dim_v, self.batch_invariant)
 

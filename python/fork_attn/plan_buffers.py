@@ -16,7 +16,7 @@ from fork_attn.staging import Layout, News, Staging
 
 if TYPE_CHECKING:
     from fork_attn.cache import ForkedKVCache
-    from fork_attn.kernels.launch import Merge
+    from fork_attn.kernels.bodies import Merge
     from fork_attn.step import Step
     from fork_attn.storage import Layer
 
@@ -315,7 +315,7 @@ class PlanBuffers:
 
     def _merge(self, layer: Layer) -> Merge:
         """Of any plan that fits."""
-        from fork_attn.kernels.launch import choose_merge
+        from fork_attn.kernels.bodies import choose_merge
 
         sizes = (self.max_partial_rows, layer.group, layer.head_dim_v)
         return choose_merge(*sizes, self.cache.batch_invariant)

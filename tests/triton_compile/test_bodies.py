@@ -89,7 +89,8 @@ def test_a_batch_invariant_body_rounds_alike_everywhere(case: object) -> None:
     assert not re.search(r"\b(?:mul|add|sub)\.f32", compiled.ptx), "ptxas may fuse these"
     assert case.dtype == "fp32" or not re.search(r"\bfma\.rn\.f32", compiled.ptx)
     reductions = re.findall(
-        r'"tt\.reduce"\([^)]*\) <\{axis = 1[^}]*\}> \(\{\n.*?\n\s*\}\) : \((tensor<\w+xf32, .*?>)\)',
+        r'"tt\.reduce"\([^)]*\) <\{axis = 1[^}]*\}> '
+        r"\(\{\n.*?\n\s*\}\) : \((tensor<\w+xf32, .*?>)\)",
         compiled.ttgir,
         re.DOTALL,
     )

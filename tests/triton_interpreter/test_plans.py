@@ -9,7 +9,7 @@ import torch
 from plan_cases import NAN, RandomPlan, Shape
 from triton_cases import FP8, TritonCase, triton_case
 
-from fork_attn.kernels import launch
+from fork_attn.kernels import bodies, launch
 from fork_attn.plan_format import DIAGONAL, FULL, GATHER, PER_SLOT, WINDOW, header
 from fork_attn.testing.planbuf import ALL_TOKENS, BlockSpec, RunSpec, build_plan
 from fork_attn.testing.triton_interpreter import program_order
@@ -162,11 +162,11 @@ class TestMerging:
             assert torch.equal(got, want)
 
     def test_who_merges(self) -> None:
-        assert launch.choose_merge(0, 4, 128) == "none"
-        assert launch.choose_merge(10 * 9, 4, 128) == "inside"
-        assert launch.choose_merge(10 * 16, 4, 128) == "apart"
-        assert launch.choose_merge(1, 1, 64, batch_invariant=True) == "apart"
-        assert launch.choose_merge(0, 1, 64, batch_invariant=True) == "none"
+        assert bodies.choose_merge(0, 4, 128) == "none"
+        assert bodies.choose_merge(10 * 9, 4, 128) == "inside"
+        assert bodies.choose_merge(10 * 16, 4, 128) == "apart"
+        assert bodies.choose_merge(1, 1, 64, batch_invariant=True) == "apart"
+        assert bodies.choose_merge(0, 1, 64, batch_invariant=True) == "none"
 
     def test_blocks_above_a_tile_merge_in_chunks(self) -> None:
         """fp32 tiles have 16 rows: heads of a token fall into two chunks."""

@@ -166,8 +166,8 @@ def program_order(choose: Callable[[int], Sequence[int]]) -> Iterator[None]:
 
 @contextmanager
 def row_independent_products() -> Iterator[None]:
-    """Within it a row of a product has the same bits wherever it stands and whatever the others are,
-    as tensor cores' rows have: each element is one sum over k, from the accumulator on."""
+    """Within it a row of a product has the same bits wherever it stands and whatever others are, as
+    tensor cores' rows have: each element is one sum over k, from the accumulator on."""
     _row_independent[0] = True
     try:
         yield
