@@ -105,7 +105,18 @@ def line(name: str, heads: str, merge: Merge) -> str:
 
 def render(lines: list[str]) -> str:
     """The table."""
-    columns = "id|heads|rows|cuts|KiB|kernel us|inside us|apart us|chosen|% of kernel".split("|")
+    columns = [
+        "id",
+        "heads",
+        "rows",
+        "cuts",
+        "KiB",
+        "kernel us",
+        "inside us",
+        "apart us",
+        "chosen",
+        "% of kernel",
+    ]
     head = "| " + " | ".join(columns) + " |"
     return "\n".join([head, "|---|---|--:|--:|--:|--:|--:|--:|---|--:|", *lines])
 
