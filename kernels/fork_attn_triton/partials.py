@@ -70,7 +70,7 @@ def merge_partials(
         for i in tl.static_range(AT_ONCE):
             more = first + i < count
             row = tl.load(merge_rows + begin + first + i, mask=more, other=0).to(tl.int64)
-            places = places + (row * NUM_Q_HEADS + head_q,)  # noqa: RUF005
+            places = places + (row * NUM_Q_HEADS + head_q,)  # type: ignore[assignment]  # noqa: RUF005
         states = ()
         lses = ()
         for i in tl.static_range(AT_ONCE):
@@ -82,8 +82,8 @@ def merge_partials(
                 partial_out + places[i][:, None] * DV + d[None, :],
                 mask=more[:, None] & (d < DV)[None, :], other=0.0, cache_modifier=".cg",
             )  # fmt: skip
-            lses = lses + (state_lse,)  # noqa: RUF005
-            states = states + (state,)  # noqa: RUF005
+            lses = lses + (state_lse,)  # type: ignore[assignment]  # noqa: RUF005
+            states = states + (state,)  # type: ignore[assignment]  # noqa: RUF005
         for i in tl.static_range(AT_ONCE):
             if INVARIANT:
                 acc, top = fold_state(acc, top, states[i], lses[i])
