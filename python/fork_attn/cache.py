@@ -110,7 +110,7 @@ class ForkedKVCache:
         self.device = _with_index(torch.device(device))
         self.tail = tail
         self.backend = ops.resolve_backend(backend, self.device)
-        if batch_invariant and self.backend != "cpu":
+        if batch_invariant and self.backend not in ("cpu", "triton"):
             raise Unsupported(f"batch_invariant=True: backend {self.backend!r} does not promise it")
         if self.device.type not in ("cpu", "meta", "cuda"):
             raise Unsupported(f"device {self.device}: expected the CPU, a CUDA device or 'meta'")

@@ -48,7 +48,11 @@ def upload_step(
     core, lists = cache._core, cache._page_lists
     kinds = cache._kinds()
     data = [
-        plan_data(core, window, shape, cache._target, cache.num_workers, resident=True)
+        plan_data(
+            *(core, window, shape, cache._target, cache.num_workers),
+            resident=True,
+            batch_invariant=cache.batch_invariant,
+        )
         for window, shape in kinds
     ]
     layout = Layout()

@@ -16,6 +16,7 @@ from fork_attn.staging import Layout, News, Staging
 
 if TYPE_CHECKING:
     from fork_attn.cache import ForkedKVCache
+    from fork_attn.kernels.bodies import Merge
     from fork_attn.step import Step
     from fork_attn.storage import Layer
 
@@ -140,7 +141,9 @@ class PlanBuffers:
         cache = self.cache
         window, shape = key[0], self._shape(key)
         data = plan_data(
-            cache._core, window, shape, cache._target, cache.num_workers, resident=True
+            *(cache._core, window, shape, cache._target, cache.num_workers),
+            resident=True,
+            batch_invariant=cache.batch_invariant,
         )
         _fits("bytes of a plan", 8 * data.num_words, 8 * self.max_plan_words)
         _fits("partial rows of a plan", data.num_partial_rows, self.max_partial_rows)
@@ -305,8 +308,17 @@ class PlanBuffers:
             sinks,
             layer.k_scale,
             layer.v_scale,
+            self._merge(layer),
+            self.cache.batch_invariant,
         )[0]
         return out
+
+    def _merge(self, layer: Layer) -> Merge:
+        """Of any plan that fits."""
+        from fork_attn.kernels.bodies import choose_merge
+
+        sizes = (self.max_partial_rows, layer.group, layer.head_dim_v)
+        return choose_merge(*sizes, self.cache.batch_invariant)
 
     def _workspace(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """Partial results and counters, shared by layers of one shape."""
