@@ -16,8 +16,8 @@ from fork_attn.staging import Layout, News, Staging
 
 if TYPE_CHECKING:
     from fork_attn.cache import ForkedKVCache
+    from fork_attn.layers import Layer
     from fork_attn.step import Step
-    from fork_attn.storage import Layer
 
 _NEWS_BYTES = 16 * 1024  # room behind a plan for what is new in page lists; more goes by itself
 

@@ -64,7 +64,8 @@ Turn = tuple[torch.Tensor, torch.Tensor]
 
 def turn_of(rope: Rope, shifts: torch.Tensor) -> Turn:
     """The turns of `shifts`, (n,) positions, computed in float64."""
-    angles = shifts.double()[:, None] * torch.tensor(rope.inv_freq, dtype=torch.float64)
+    inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=shifts.device)
+    angles = shifts.double()[:, None] * inv_freq
     return angles.cos(), angles.sin()
 
 
@@ -102,7 +103,7 @@ def with_rotations(
 
     Args:
         q: (T, num_q_heads, head_dim).
-        rotations: (n, 2) int32 on the CPU: row, and by how many positions it moves back.
+        rotations: (n, 2) int32: row, and by how many positions it moves back.
         rope: of the layer.
         turn: of `turn_of(rope, -rotations[:, 1])`.
 
