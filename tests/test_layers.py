@@ -22,7 +22,7 @@ LAYERS = (
     ("kv_library",),
     ("kv_checks", "quantise"),
     ("plan", "plan_format", "rope"),
-    ("layers", "storage", "streams", "staging", "scrub"),
+    ("layers", "storage", "streams", "staging", "scrub", "rotation_buffers"),
     ("kernels",),
     ("ops_cache", "ops_triton", "ops_flash"),
     ("ops", "reference", "reference_cache"),

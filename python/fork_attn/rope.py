@@ -9,6 +9,7 @@ yarn) are plain frequencies here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -64,9 +65,14 @@ Turn = tuple[torch.Tensor, torch.Tensor]
 
 def turn_of(rope: Rope, shifts: torch.Tensor) -> Turn:
     """The turns of `shifts`, (n,) positions, computed in float64."""
-    inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=shifts.device)
-    angles = shifts.double()[:, None] * inv_freq
+    angles = shifts.double()[:, None] * _frequencies(rope, shifts.device)
     return angles.cos(), angles.sin()
+
+
+@lru_cache(maxsize=64)
+def _frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
+    """(pairs,) float64; sent to a device once, as that waits for it."""
+    return torch.tensor(rope.inv_freq, dtype=torch.float64, device=device)
 
 
 def turned(x: torch.Tensor, rope: Rope, turn: Turn) -> torch.Tensor:
