@@ -82,6 +82,12 @@ class Books:
         if not self._core.step_open:
             self._run_scrub()
 
+    def reclaim(self) -> None:
+        """Before a verb that takes pages: gives back those that other streams are done with."""
+        if self._streams:
+            self._streams.poll()
+        self._run_scrub()
+
     def open_step(self, tokens: Mapping[Any, Any], wait: bool, *types: Any) -> int:
         """Opens the core's step, as `ForkedKVCache.step` says, and returns its number of rows.
 
@@ -91,9 +97,7 @@ class Books:
             types: the cache, and the classes of a branch and a draft, for the core's checks.
         """
         core = self.verb()
-        if self._streams:
-            self._streams.poll()
-        self._run_scrub()  # pages that streams gave back
+        self.reclaim()
         try:
             return int(core.open_step(tokens, *types)[0])
         except OutOfPages as e:

@@ -165,7 +165,10 @@ class Branch:
             cache._require_ropes("join(rebase=...)")
         copy = cache._storage.copy_shifted if rebase == "copy" else None
         mode = position if isinstance(position, str) else "given"
-        cache._books.verb().join(self._handle, handles, mode, given, bool(rebase), copy)
+        core = cache._books.verb()
+        if rebase == "copy" and not core.step_open:
+            cache._books.reclaim()
+        core.join(self._handle, handles, mode, given, bool(rebase), copy)
         cache._books.forget(handles)
         cache._books.freed()
 

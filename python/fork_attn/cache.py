@@ -223,18 +223,18 @@ class ForkedKVCache:
         options = ops.check_scores(
             softmax_scale, softcap, sinks, layer.num_q_heads, layer.head_dim, self.device
         )
-        caches = self.layer(layer_idx)
+        k_cache, v_cache = self.layer(layer_idx)
         if self.backend == "flash_attn":
             tables = step._flash_tables()
             self._storage.store(layer, k, v, step.slot_mapping)
-            return ops_flash.attend(q, *caches, tables, layer.window, *options)
+            return ops_flash.attend(q, k_cache, v_cache, tables, layer.window, *options)
         plan = step.plan_for(layer_idx)
         self._core.enter()
         try:
             self._storage.store(layer, k, v, step.slot_mapping)
             queries, scales = plan.queries(q, layer.rope), (layer.k_scale, layer.v_scale)
             out, _ = ops.run_tree_attention(
-                queries, *caches, plan, *options, *scales, backend=self.backend
+                queries, k_cache, v_cache, plan, *options, *scales, backend=self.backend
             )
         finally:
             self._core.leave()
