@@ -61,6 +61,13 @@ class Captured:
         self.graph.replay()
         return self.outputs
 
+    def tables(self) -> dict[object, list[torch.Tensor]]:
+        """What `attend` reads of rotations."""
+        rotations = self.buffers._rotations
+        turns = {key: list(tables) for key, tables in rotations._turns.items()}
+        rows = {kind: [rows] for kind, rows in rotations._rows.items()}
+        return {"where": [rotations._where], **rows, **turns}
+
     def step(
         self,
         counts: Mapping[Branch, int | Draft],

@@ -88,10 +88,17 @@ class Twins:
             branches += branches[i].fork(n)
         self.tokens += [(self.tokens[i] + 1 + k) % 30 for k in range(n)]
 
-    def join(self, i: int, children: list[int]) -> None:
+    def join(self, i: int, children: list[int], rebase: bool = False) -> None:
         for branches in self.branches:
-            branches[i].join([branches[c] for c in children])
+            branches[i].join([branches[c] for c in children], rebase=rebase)
         self._drop(children)
+
+    def watch_each_other(self, which: list[int], lag: int) -> None:
+        for branches in self.branches:
+            for i in which:
+                for j in which:
+                    if i != j:
+                        branches[i].watch(branches[j], lag=lag)
 
     def free(self, which: list[int]) -> None:
         for cache, branches in zip(self.caches, self.branches, strict=True):

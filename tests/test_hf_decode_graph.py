@@ -17,6 +17,45 @@ def test_decoding_equals_forward_over_forks_joins_and_frees(name: str, tail: str
     Twins(name, tail).live()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_decoding_equals_forward_over_rebased_joins(name: str) -> None:
+    twins = Twins(name)
+    twins.prefill(random_tokens(7, seed=1))
+    twins.fork(0, 4)
+    for _ in range(3):
+        twins.decode()
+    twins.join(0, [1, 2, 3], rebase=True)
+    for _ in range(3):
+        twins.decode()
+    twins.fork(0, 3)
+    twins.decode()
+    twins.join(1, [2, 3], rebase=True)
+    twins.decode()
+    twins.free([1])
+    twins.decode()
+    assert {shifted for _, shifted in twins.graph._runs} == {False, True}
+    for cache in twins.caches:
+        cache.check()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_decoding_equals_forward_while_branches_watch_each_other(name: str, lag: int) -> None:
+    twins = Twins(name)
+    twins.prefill(random_tokens(7, seed=1))
+    twins.fork(0, 3)
+    twins.decode()
+    twins.watch_each_other([1, 2, 3], lag)
+    for _ in range(6):  # what a watch shows grows with each token
+        twins.decode()
+    twins.decode([1, 3])
+    twins.free([2])
+    for _ in range(2):
+        twins.decode()
+    for cache in twins.caches:
+        cache.check()
+
+
 def test_what_does_not_fit_is_refused_and_stores_nothing() -> None:
     model = build("llama")
     cache = hf.attach(model, num_pages=50)
@@ -35,6 +74,15 @@ def test_what_does_not_fit_is_refused_and_stores_nothing() -> None:
     small = hf.DecodeGraph(model, max_width=4, capture=False, max_plan_bytes=256)
     with pytest.raises(PlanCapacityExceeded, match="bytes of a plan"):
         small({root: 1})
+    assert cache._core.digest() == before
+    few = hf.DecodeGraph(model, max_width=4, capture=False, max_rotations=0)
+    many[0].watch(many[1])
+    hf.forward(model, {many[1]: [5]})
+    before = cache._core.digest()
+    with pytest.raises(
+        PlanCapacityExceeded, match="rotated query rows of a plan: expected at most"
+    ):
+        few({many[0]: 1})
     assert cache._core.digest() == before
     cache.free(many)
     with pytest.raises(StaleBranch):

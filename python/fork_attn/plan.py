@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from fork_attn import _C, costs
+from fork_attn.rope import Rope, Turn, turn_of, with_rotations
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,20 @@ class Plan:
     # (n, 2) int32, or None: copies of query rows that the plan reads behind the rows themselves,
     # each of a row, moved back by so many positions.
     rotations: torch.Tensor | None = field(repr=False, default=None)
-    turns: dict[Any, Any] = field(repr=False, default_factory=dict)  # of rotations, by Rope
+    turns: dict[Rope, Turn] = field(repr=False, default_factory=dict)  # of rotations
     # Set where page lists stay on the device; `buffer` then has none of its own.
     on_device: PlanOnDevice | None = field(default=None, repr=False)
     launches: dict[torch.device, Any] = field(repr=False, default_factory=dict)  # of ops_triton
+
+    def queries(self, q: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+        """The query tensor that the plan reads: `q`, and behind it the rotated copies, if any, of
+        a layer whose RoPE is known then."""
+        if self.rotations is None:
+            return q
+        assert rope is not None
+        if rope not in self.turns:
+            self.turns[rope] = turn_of(rope, -self.rotations[:, 1])
+        return with_rotations(q, self.rotations, rope, self.turns[rope])
 
     @property
     def _slot_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _PROTOCOLS: dict[str, Protocol] = {}
 
 
-class Protocol:
+class Protocol(ABC):
     """How a system thinks in threads. Subclasses are frozen dataclasses; see `docs/protocols.md`.
 
     Attributes:
@@ -52,6 +53,7 @@ class Protocol:
         """What a chat model is asked."""
         return prompt
 
+    @abstractmethod
     def run(self, root: Thread) -> Script:
         """Drives one prompt.
 
@@ -61,7 +63,6 @@ class Protocol:
         Returns:
             The answer's spans, or None for what the root sees and wrote.
         """
-        raise NotImplementedError
 
     def cut_off(self, threads: Sequence[Thread]) -> tuple[Span, ...]:
         """The answer where a limit or a cancellation ends the run: what the live threads wrote,
