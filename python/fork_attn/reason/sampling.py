@@ -143,6 +143,25 @@ class Sampler:
         return row
 
 
+def pick_all(threads: Sequence[Thread], logits: torch.Tensor) -> tuple[list[int], list[float]]:
+    """A token for each thread, and its log-probability; those with the same sampler together.
+
+    Args:
+        threads: n threads.
+        logits: (n, vocab).
+    """
+    first = threads[0].sampler
+    if all(thread.sampler is first for thread in threads):
+        return first.pick(logits, threads)
+    ids, logprobs = [0] * len(threads), [0.0] * len(threads)
+    for sampler in dict.fromkeys(thread.sampler for thread in threads):
+        rows = [i for i, thread in enumerate(threads) if thread.sampler is sampler]
+        picked = sampler.pick(logits[rows], [threads[i] for i in rows])
+        for i, token, logprob in zip(rows, *picked, strict=True):
+            ids[i], logprobs[i] = token, logprob
+    return ids, logprobs
+
+
 def _context_processors(config: GenerationConfig) -> list[LogitsProcessor]:
     found: list[LogitsProcessor] = []
     if config.repetition_penalty is not None and config.repetition_penalty != 1.0:

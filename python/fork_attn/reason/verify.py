@@ -1,0 +1,83 @@
+"""Verifying the draft trees of all threads of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fork_attn.reason.drafts import DraftTree
+
+if TYPE_CHECKING:
+    from fork_attn.reason.run import Run
+    from fork_attn.reason.thread import Thread
+
+
+class Verification:
+    """Walks down the trees of one step, one token of each thread at a time.
+
+    Each round is what a step without drafts would have been: every thread that is still on a path
+    of its tree picks a token, from the logits at its node. Threads of a race (`together` with
+    `first`) stop together, as who ends first must not depend on whose drafts were better.
+
+    Args:
+        fed: the step's threads, in row order, with their queues.
+        trees: of those that have one.
+        active: all threads with a goal.
+
+    Attributes:
+        rows: which of the step's tokens logits are needed for: each thread's last, and its tree's.
+        first: for each of `fed` the place of its last token in `rows`.
+        paths: for each tree the nodes that were accepted.
+    """
+
+    def __init__(
+        self, fed: Sequence[Thread], trees: Mapping[Thread, DraftTree], active: Iterable[Thread]
+    ) -> None:
+        self._trees = trees
+        self.paths: dict[Thread, list[int]] = {thread: [] for thread in trees}
+        self.rows: list[int] = []
+        self.first: list[int] = []
+        self._queued: dict[Thread, int] = {}
+        self._first_of: dict[Thread, int] = {}
+        end = 0
+        for thread in fed:
+            last, tree = end + len(thread.queue) - 1, trees.get(thread)
+            end = last + 1 + (0 if tree is None else len(tree))
+            self._queued[thread] = len(thread.queue)
+            self._first_of[thread] = len(self.rows)
+            self.first.append(len(self.rows))
+            self.rows += range(last, end)
+        races = ((thread, thread.task.race()) for thread in active)
+        self._races = {thread: race for thread, race in races if race is not None}
+
+    def accepted(self, thread: Thread) -> list[int]:
+        """What the step keeps of a thread's draft: its queue, and the nodes that were accepted."""
+        queue = self._queued[thread]
+        return [*range(queue), *(queue + node for node in self.paths[thread])]
+
+    def follow(
+        self, writers: Sequence[Thread], over: set[Run]
+    ) -> tuple[list[Thread], list[int]]:
+        """The threads whose last token is in their tree, and which go on.
+
+        Args:
+            writers: have just picked a token, which is all that their queues hold.
+            over: prompts that may pick no more.
+
+        Returns:
+            The threads, and the places of their tokens in `rows`.
+        """
+        going: dict[Thread, int] = {}
+        for thread in writers:
+            tree = self._trees.get(thread)
+            if tree is not None and thread.goal == "write" and thread.run not in over:
+                path = self.paths[thread]
+                node = tree.child(path[-1] if path else -1, thread.queue[0])
+                if node is not None:
+                    going[thread] = node
+        if self._races:
+            stopped = {race for thread, race in self._races.items() if thread not in going}
+            going = {t: n for t, n in going.items() if self._races.get(t) not in stopped}
+        for thread, node in going.items():
+            self.paths[thread].append(node)
+        return list(going), [self._first_of[thread] + 1 + node for thread, node in going.items()]
