@@ -15,7 +15,7 @@ from fork_attn.reason.kv_bias import KVBias
 from fork_attn.reason.sampling import pick_all
 from fork_attn.reason.script import Ended
 from fork_attn.reason.thread import Thread
-from fork_attn.reason.verify import Verification
+from fork_attn.reason.verify import Verification, propose
 from fork_attn.step import Draft
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from fork_attn import ForkedKVCache, Step
     from fork_attn.reason.run import Run
-
-
-_LONGEST_QUEUE = 64  # tokens behind which nothing is drafted: a prompt's part of a step
 
 
 class Stepper:
@@ -175,6 +172,7 @@ class Stepper:
         """After a step with drafts was committed."""
         for thread in fed:
             thread.ahead = 0
+        assert self._drafter is not None
         for thread, path in walk.paths.items():
             self._drafter.settle(thread, path)
             drafts, tokens = thread.run.drafted.get(index, (0, 0))
@@ -190,7 +188,7 @@ class Stepper:
             try:
                 return rows, trees, self._cache.step({t.branch: _request(t, trees) for t in rows})
             except OutOfPages:
-                if trees:
+                if self._drafter is not None and trees:
                     for thread in trees:
                         self._drafter.settle(thread, ())
                     trees = {}
@@ -207,27 +205,9 @@ class Stepper:
         if self._drafter is None:
             return {}
         began = time.perf_counter()
-        wanted = {t: most for t in fed if (most := self._depth(t)) > 0}
-        trees = self._drafter.propose(wanted) if wanted else {}
-        for thread, tree in list(trees.items()):
-            most = thread.run.limits.max_pages
-            if most is not None:
-                size = min(len(tree), thread.slots(most - self._pages[thread.run]))
-                self._pages[thread.run] += thread.new_pages(size) - thread.new_pages()
-                trees[thread] = tree.cut(size)
-        for thread in [thread for thread, tree in trees.items() if not len(tree)]:
-            self._drafter.settle(thread, ())
-            del trees[thread]
+        trees = propose(self._drafter, fed, self._max_positions, self._pages)
         self._drafting += time.perf_counter() - began
         return trees
-
-    def _depth(self, thread: Thread) -> int:
-        """How many draft tokens a thread could keep."""
-        queue = len(thread.queue)
-        if thread.goal != "write" or queue > _LONGEST_QUEUE:
-            return 0
-        most = min(thread.run.left - 1, self._max_positions - thread.position - queue)
-        return int(most if thread.left < 0 else min(most, thread.left - 1))
 
     def _rows(self) -> list[Thread]:
         """Active threads with something to feed; those at a limit end here."""

@@ -283,20 +283,21 @@ class Trace:
 
         Threads that were pruned or cancelled count only where another went on from them.
         """
-        return self._longest(lambda thread: thread.num_sampled)
-
-    def _longest(self, cost: Callable[[ThreadRecord], int]) -> int:
-        """The cost of the dearest chain of threads of which each waited for the one before."""
-        longest = [0] * len(self.threads)
-        for thread in self.threads:
-            above = max((longest[p] for p in thread.parents), default=0)
-            longest[thread.id] = above + cost(thread)
+        longest = self._chains(lambda thread: thread.num_sampled)
         waited = {parent for thread in self.threads for parent in thread.parents}
         return max(
             longest[t.id]
             for t in self.threads
             if t.id == self.final or t.id in waited or t.status not in ("pruned", "cancelled")
         )
+
+    def _chains(self, cost: Callable[[ThreadRecord], int]) -> list[int]:
+        """For each thread the cost of the dearest chain of threads that leads to its end."""
+        longest = [0] * len(self.threads)
+        for thread in self.threads:
+            above = max((longest[p] for p in thread.parents), default=0)
+            longest[thread.id] = above + cost(thread)
+        return longest
 
     @property
     def drafted_tokens(self) -> int:
@@ -322,14 +323,14 @@ class Trace:
 
     @cached_property
     def steps_saved(self) -> int:
-        """Forwards by which drafts shortened the longest chain of threads that waited for each
-        other: each accepted token stands for one."""
+        """Forwards by which drafts shortened the longest chain of threads of which each follows
+        the one before: each accepted token stands for one."""
 
         def steps(thread: ThreadRecord) -> int:
             return len({step for step in thread.fed_steps if step is not None})
 
-        plain = self._longest(lambda thread: steps(thread) + thread.num_accepted)
-        return plain - self._longest(steps)
+        plain = self._chains(lambda thread: steps(thread) + thread.num_accepted)
+        return max(plain) - max(self._chains(steps))
 
     @property
     def parallel_degree(self) -> float:

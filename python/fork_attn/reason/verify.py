@@ -5,11 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fork_attn.reason.drafts import DraftTree
+from fork_attn.reason.drafts import Drafter, DraftTree
 
 if TYPE_CHECKING:
     from fork_attn.reason.run import Run
     from fork_attn.reason.thread import Thread
+
+
+_LONGEST_QUEUE = 64  # tokens behind which nothing is drafted: a prompt's part of a step
+
+
+def propose(
+    drafter: Drafter, fed: Sequence[Thread], max_positions: float, pages: dict[Run, int]
+) -> dict[Thread, DraftTree]:
+    """Draft trees for the writers of a step, no larger than their limits allow.
+
+    Args:
+        drafter: proposes them.
+        fed: the step's threads.
+        max_positions: the model's.
+        pages: of prompts with `max_pages`, what they have once the step's queues are fed; the
+            drafts' are added.
+    """
+    wanted = {thread: most for thread in fed if (most := _depth(thread, max_positions)) > 0}
+    trees = drafter.propose(wanted) if wanted else {}
+    for thread, tree in trees.items():
+        most = thread.run.limits.max_pages
+        if most is not None:
+            size = min(len(tree), thread.slots(most - pages[thread.run]))
+            pages[thread.run] += thread.new_pages(size) - thread.new_pages()
+            trees[thread] = tree.cut(size)
+    for thread in [thread for thread, tree in trees.items() if not len(tree)]:
+        drafter.settle(thread, ())
+        del trees[thread]
+    return trees
+
+
+def _depth(thread: Thread, max_positions: float) -> int:
+    """How many draft tokens a thread could keep."""
+    queue = len(thread.queue)
+    if thread.goal != "write" or queue > _LONGEST_QUEUE:
+        return 0
+    most = min(thread.run.left - 1, max_positions - thread.position - queue)
+    return int(most if thread.left < 0 else min(most, thread.left - 1))
 
 
 class Verification:
