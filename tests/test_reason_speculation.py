@@ -6,7 +6,6 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ from fork_attn.reason import (
     Protocol,
     Span,
     Speculation,
+    Thread,
     TokenEvent,
     Trace,
     generate,
@@ -36,6 +36,7 @@ from fork_attn.reason import (
 from fork_attn.reason import trace_show
 from fork_attn.reason.drafts import DraftTree
 from fork_attn.reason.records import Log
+from fork_attn.reason.run import Run
 from fork_attn.reason.verify import Verification
 from fork_attn.reason.systems import BestOfN, TagProtocol
 
@@ -97,7 +98,7 @@ TAGS = TagProtocol(
     name="drafted tags", opens="a", item="b", fork_at="c", child_ends="d", fanout=2, header="x",
     closing="d", after="y",
 )  # fmt: skip
-LIMITS = Limits(max_thread_tokens=24, max_depth=2)
+LIMITS = Limits(max_thread_tokens=10, max_depth=2)
 
 
 def few_tokens(model: Any, **options: Any) -> GenerationConfig:
@@ -148,13 +149,16 @@ def assert_free(*models: Any) -> None:
     [TAGS, replace(TAGS, join="text"), replace(TAGS, join="rebase"), replace(TAGS, position="sum")],
     ids=["union", "text", "rebase", "sum"],
 )
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "repetition_penalty": 1.2}])
 def test_drafts_change_nothing_in_sampled_trees(
     protocol: Protocol, options: dict[str, Any], misses: list[int]
 ) -> None:
     """Forks, joins, malformed tags and limits, drawn at random; the same seeds draw the same."""
+    torch.manual_seed(0)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight *= 0.5  # texts of some length: no end token that is almost certain
     speculations = drafters(model)
     hf.attach(model, num_pages=512, page_size=4)
     sampling = few_tokens(model, **options)
@@ -168,14 +172,15 @@ def test_drafts_change_nothing_in_sampled_trees(
             drafted = generate(
                 model, tokenizer, prompts, seed=10 * seed, speculation=speculation, **call
             )
-            assert bool(misses) == (name != "same model")  # its branches see what threads see
+            if name != "lookup":  # the branches of the same model see what the threads see
+                assert bool(misses) == (name == "other model")
             misses.clear()
             for want, got in zip(plain, drafted, strict=True):
                 assert_same(want, got)
                 check_trace(got)
                 seen |= {event.kind for event in got.events} | {t.status for t in got.threads}
                 accepted[name] += got.accepted_tokens
-    assert min(accepted.values()) > 0
+    assert accepted["same model"] > accepted["other model"] > 0
     assert seen >= {"fork", "join", "malformed", "limit"}
     assert_free(model, *(s.model for s in speculations.values() if isinstance(s, DraftModel)))
 
@@ -214,12 +219,13 @@ def test_drafts_change_nothing_under_greedy(name: str) -> None:
 def test_drafts_keep_the_distribution() -> None:
     """All outcomes of three tokens over three, with a penalty that depends on the tokens before,
     against their exact probabilities under the stock model and transformers' processors."""
+    torch.manual_seed(0)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     draft = make_model(tokenizer, num_hidden_layers=1)
-    with torch.no_grad():  # likely and unlikely tokens, of which the draft model thinks otherwise
-        model.lm_head.weight[1:4] *= 12
-        draft.lm_head.weight[1:4] *= 12
+    with torch.no_grad():  # none of the three is certain, and none of them unlikely
+        for one in (model, draft):
+            one.lm_head.weight *= 0.4
     stock = copy.deepcopy(model)
     config = few_tokens(model, repetition_penalty=1.5, temperature=0.8)
     config.suppress_tokens = [0, *range(4, model.config.vocab_size)]
@@ -229,8 +235,8 @@ def test_drafts_keep_the_distribution() -> None:
         for a in range(1, 4) for b in range(1, 4) for c in range(1, 4)
     }  # fmt: skip
     assert sum(want.values()) == pytest.approx(1.0)
-    hf.attach(model, num_pages=2048, page_size=4)
-    hf.attach(draft, num_pages=2048, page_size=4)
+    hf.attach(model, num_pages=8192, page_size=4)
+    hf.attach(draft, num_pages=8192, page_size=4)
     n = 1500
     traces = generate(
         model, tokenizer, [prompt] * n, protocol=TAGS_OFF, sampling=config,
@@ -422,10 +428,12 @@ def test_lookup_finds_what_came_before() -> None:
     child, sibling = (
         Log(i, "thread", "", (0,), (Span(0, 0, 10),), 1, 0) for i in (1, 2)
     )
-    run: Any = SimpleNamespace(logs=[root, child, sibling])
+    run: Any = Run.__new__(Run)
+    run.logs = [root, child, sibling]
 
     def tree(log: Log, most: int = 8) -> list[tuple[int, int]]:
-        thread: Any = SimpleNamespace(run=run, log=log)
+        thread = Thread.__new__(Thread)
+        thread.run, thread.log = run, log
         found = drafter.propose({thread: most}).get(thread, DraftTree())
         return list(zip(found.tokens, found.parents, strict=True))
 

@@ -12,7 +12,7 @@ import torch
 from fork_attn.errors import OutOfPages
 from fork_attn.hf import forward
 from fork_attn.reason.drafts import Drafter, DraftTree
-from fork_attn.reason.sampling import pick_all
+from fork_attn.reason.sampling import likeliest, pick_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,9 +53,11 @@ class ModelDrafter(Drafter):
         others: dict[Thread, list[tuple[int, int]]] = {thread: [] for thread in threads}
         self._fed.update(dict.fromkeys(threads, 0))
         while threads:
-            picked, _ = pick_all([ahead[thread] for thread in threads], logits)
-            count = min(self._candidates, logits.shape[-1])
-            tops = logits.topk(count, dim=-1).indices.tolist()
+            behind: Any = [ahead[thread] for thread in threads]
+            tops: list[list[int]] = [[] for _ in threads]
+            if self._candidates > 1:
+                tops = likeliest(behind, logits, self._candidates)
+            picked, _ = pick_all(behind, logits)
             for thread, token, top in zip(threads, picked, tops, strict=True):
                 parent = len(trees[thread]) - 1
                 rest = [other for other in top if other != token][: self._candidates - 1]
