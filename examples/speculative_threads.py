@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from fork_attn import reason
 from fork_attn.reason.systems import BestOfN
 
-WORDS = "<eos> the cat sat on mat and saw dog that".split()
+WORDS = ["<eos>", "the", "cat", "sat", "on", "mat", "and", "saw", "dog", "that"]
 
 
 def tiny_llama(layers: int, seed: int) -> LlamaForCausalLM:

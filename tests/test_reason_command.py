@@ -77,7 +77,7 @@ def test_speculation_changes_no_word(
         texts.append(capsys.readouterr().out)
         trace = Trace.load(saved)
     assert texts[0] == texts[1] == texts[2]
-    assert trace.speculation["num_tokens"] == 2 and trace.acceptance_rate == 1.0
+    assert trace.speculation["num_tokens"] == 2 and trace.drafted_tokens > 0
     assert run("trace", saved) == 0 and "steps saved" in capsys.readouterr().out
 
 

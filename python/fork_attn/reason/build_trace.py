@@ -59,10 +59,10 @@ def _own_steps(run: Run, steps: Sequence[StepRecord]) -> tuple[StepRecord, ...]:
         for step, count in fed.items():
             width[step] += 1
             tokens[step] += count
-        for step, sampled in zip(log.fed_steps, log.sampled_steps, strict=False):
-            if step is not None and step == sampled:
-                accepted[step - first] += 1
-    mine = []
+        for took, gave in zip(log.fed_steps, log.sampled_steps, strict=False):
+            if took is not None and took == gave:
+                accepted[took - first] += 1
+    mine: list[StepRecord] = []
     for i, step in enumerate(steps):
         drafts, drafted = run.drafted.get(first + i, (0, 0))
         counts = {"drafts": drafts, "drafted": drafted, "accepted": accepted[i]}

@@ -107,7 +107,9 @@ class ModelDrafter(Drafter):
             t for t, ids in tokens.items()
             if self._branches[t].position + len(ids) > self._max_positions
         ]:  # fmt: skip
-            self._drop(thread, f"no more drafts: the draft model has {self._max_positions} positions")
+            self._drop(
+                thread, f"no more drafts: the draft model has {self._max_positions} positions"
+            )
             del tokens[thread]
         while tokens:
             try:
@@ -145,9 +147,7 @@ class ModelDrafter(Drafter):
             branches = self._branches[thread].fork(len(children))
             self._branches.update(zip(children, branches, strict=True))
 
-    def join(
-        self, parent: Thread, taken: Sequence[Thread], position: Any, rebase: bool
-    ) -> None:
+    def join(self, parent: Thread, taken: Sequence[Thread], position: Any, rebase: bool) -> None:
         if taken and self._catch_up([parent, *taken]):
             branches = [self._branches.pop(child) for child in taken]
             self._branches[parent].join(branches, position=position, rebase=rebase)

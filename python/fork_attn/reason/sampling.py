@@ -181,7 +181,9 @@ def likeliest(threads: Sequence[Thread], logits: torch.Tensor, count: int) -> li
         scores = sampler.scores(logits[rows], [threads[i] for i in rows])
         top = scores.topk(min(count, scores.shape[-1]), dim=-1)
         for i, values, ids in zip(rows, top.values.tolist(), top.indices.tolist(), strict=True):
-            found[i] = [token for token, value in zip(ids, values, strict=True) if value > -math.inf]
+            found[i] = [
+                token for token, value in zip(ids, values, strict=True) if value > -math.inf
+            ]
     return found
 
 

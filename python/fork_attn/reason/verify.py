@@ -30,9 +30,9 @@ def propose(
     wanted = {thread: most for thread in fed if (most := _depth(thread, max_positions)) > 0}
     trees = drafter.propose(wanted) if wanted else {}
     for thread, tree in trees.items():
-        most = thread.run.limits.max_pages
-        if most is not None:
-            size = min(len(tree), thread.slots(most - pages[thread.run]))
+        limit = thread.run.limits.max_pages
+        if limit is not None:
+            size = min(len(tree), thread.slots(limit - pages[thread.run]))
             pages[thread.run] += thread.new_pages(size) - thread.new_pages()
             trees[thread] = tree.cut(size)
     for thread in [thread for thread, tree in trees.items() if not len(tree)]:
@@ -93,9 +93,7 @@ class Verification:
         queue = self._queued[thread]
         return [*range(queue), *(queue + node for node in self.paths[thread])]
 
-    def follow(
-        self, writers: Sequence[Thread], over: set[Run]
-    ) -> tuple[list[Thread], list[int]]:
+    def follow(self, writers: Sequence[Thread], over: set[Run]) -> tuple[list[Thread], list[int]]:
         """The threads whose last token is in their tree, and which go on.
 
         Args:
