@@ -74,9 +74,9 @@ int64_t Planner::num_spans_for(double total) const {
 // be worth a piece of its own.
 int64_t Planner::piece_slots(int64_t left, double room, double ns_per_slot, bool first) const {
   const double tile = request_.target->tile_slots;
-  const double slots = (room - request_.target->item_ns) / ns_per_slot;
-  if (static_cast<double>(left) <= slots) return left;
-  const double tiles = std::floor(std::max(slots, 0.0) / tile);
+  room -= request_.target->item_ns;
+  if (static_cast<double>(left) * ns_per_slot <= room) return left;
+  const double tiles = std::floor(std::max(room, 0.0) / (ns_per_slot * tile));
   if (tiles < 1) return first ? std::min(left, static_cast<int64_t>(tile)) : 0;
   return static_cast<int64_t>(tiles * tile);
 }
@@ -308,11 +308,13 @@ void Planner::serialise(PlanData& out) const {
   if (!request_.resident) {
     for (const PageSource& source : sources_) append_pages(source, pages);
   }
-  const std::size_t bytes = blocks_.size() * sizeof(PlanBlock) + items_.size() * sizeof(PlanItem) +
-                            runs_.size() * sizeof(PlanRun) + words_.size() * sizeof(uint64_t) +
-                            (tokens_.size() + positions_.size() + pages.size() + spans_.size() +
-                             merge_indptr_.size() + merge_rows_.size()) *
-                                sizeof(int32_t);
+  const std::size_t bytes =
+      blocks_.size() * sizeof(PlanBlock) + items_.size() * sizeof(PlanItem) +
+      runs_.size() * sizeof(PlanRun) + words_.size() * sizeof(uint64_t) +
+      rotations_.size() * sizeof(PlanRotation) +
+      (tokens_.size() + q_rows_.size() + positions_.size() + pages.size() + spans_.size() +
+       merge_indptr_.size() + merge_rows_.size() + gather_.size()) *
+          sizeof(int32_t);
   out.buffer.reserve((sizeof(PlanHeader) + bytes) / 8 + 16);  // 16: sections end on whole words
   out.buffer.assign(sizeof(PlanHeader) / 8, 0);
   Writer writer(out.buffer);

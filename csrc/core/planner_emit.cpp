@@ -14,6 +14,21 @@ uint64_t bits(int32_t first, int32_t count) {
   return count == 0 ? 0 : ones << first;
 }
 
+// Slots of one segment mostly have one word: it is counted once.
+int64_t count_bits(const uint64_t* words, int32_t count) {
+  uint64_t last = 0;
+  int64_t bits_of_last = 0;
+  int64_t total = 0;
+  for (int32_t j = 0; j < count; ++j) {
+    if (words[j] != last) {
+      last = words[j];
+      bits_of_last = std::popcount(last);
+    }
+    total += bits_of_last;
+  }
+  return total;
+}
+
 }  // namespace
 
 void Planner::lay_out_tokens() {
@@ -316,8 +331,7 @@ void Planner::count_run(const PlanRun& run) {
     return;
   }
   if ((run.kind & (kPerSlot | kGather)) != 0) {
-    for (int32_t j = 0; j < run.num_slots; ++j)
-      counts_.visible_pairs += std::popcount(words_[run.words_begin + j]);
+    counts_.visible_pairs += count_bits(words_.data() + run.words_begin, run.num_slots);
     return;
   }
   for (uint64_t mask = run.mask; mask != 0; mask &= mask - 1) {

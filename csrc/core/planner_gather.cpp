@@ -41,16 +41,27 @@ uint64_t Planner::visibility(const PlanRun& run, int32_t j) const {
   return word;
 }
 
-// Appends the slots of a run from `from` on that some token sees.
+// Appends the slots of a run from `from` on that some token sees, page by page.
 void Planner::gather_slots(const PlanRun& run, int32_t source, int32_t from) {
   const int32_t page_size = core_->page_size();
-  for (int32_t j = from; j < run.num_slots; ++j) {
-    const uint64_t word = visibility(run, j);
-    if (word == 0) continue;
-    const int32_t slot = run.first_slot + j;
-    const int32_t page = physical_page(sources_[source], run.page_begin + slot / page_size);
-    gather_.push_back(page * page_size + slot % page_size);
-    words_.push_back(word);
+  const bool all_see_all = run.kind == kFull;
+  for (int32_t j = from; j < run.num_slots;) {
+    const int32_t at = (run.first_slot + j) / page_size;
+    const int32_t in_page = run.first_slot + j - at * page_size;
+    const int32_t count = std::min(run.num_slots - j, page_size - in_page);
+    const int32_t first =
+        physical_page(sources_[source], run.page_begin + at) * page_size + in_page;
+    if (all_see_all) {
+      words_.insert(words_.end(), count, run.mask);
+      for (int32_t k = 0; k < count; ++k) gather_.push_back(first + k);
+    }
+    for (int32_t k = 0; k < count && !all_see_all; ++k) {
+      const uint64_t word = visibility(run, j + k);
+      if (word == 0) continue;
+      gather_.push_back(first + k);
+      words_.push_back(word);
+    }
+    j += count;
   }
 }
 

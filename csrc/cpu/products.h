@@ -19,6 +19,46 @@ struct ScatteredRows {
   FORK_ATTN_INLINE const float* row(int k) const { return rows[k]; }
 };
 
+// Rows that the next tile needs: pages lie anywhere, so the processor cannot guess them. They are
+// asked for a few lines at a time, beside the arithmetic: asked for at once, lines only wait for
+// each other, and memory rests while the arithmetic goes on.
+class NextRows {
+ public:
+  // `times`: how often `ask` will be called.
+  NextRows(const void* const* rows, int count, std::size_t bytes, int times)
+      : rows_(rows),
+        lines_in_row_(static_cast<int>((bytes + kLine - 1) / kLine)),
+        left_(count * lines_in_row_),
+        share_(times > 0 ? (left_ + times - 1) / times : 0) {}
+
+  FORK_ATTN_INLINE void ask() {
+    for (int i = 0; i < share_ && left_ > 0; ++i, --left_) {
+      __builtin_prefetch(static_cast<const char*>(rows_[row_]) + line_ * kLine, 0, 2);
+      if (++line_ == lines_in_row_) {
+        line_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kLine = 64;
+  const void* const* rows_;
+  int lines_in_row_, left_, share_;
+  int row_ = 0, line_ = 0;
+};
+
+// A right-hand matrix that asks for a share of the next tile with each of its rows.
+template <class Rows>
+struct AskingRows {
+  Rows rows;
+  NextRows* next;
+  FORK_ATTN_INLINE const float* row(int k) const {
+    next->ask();
+    return rows.row(k);
+  }
+};
+
 // With 32 vector registers 6 x 4 accumulators fit, with 16 registers 6 x 2.
 constexpr int kBlockRows = 6;
 #if defined(__aarch64__)
@@ -84,6 +124,13 @@ void multiply_columns(const float* a, int64_t a_stride, int num_rows, Rows b, in
   }
 }
 
+// How often `multiply` below takes a row of b.
+inline int rows_taken(int num_rows, int depth, int num_vectors) {
+  const int rest = num_vectors % kBlockVectors;
+  const int columns = num_vectors / kBlockVectors + rest / 2 + rest % 2;
+  return (num_rows + kBlockRows - 1) / kBlockRows * columns * depth;
+}
+
 // c (num_rows x num_vectors * kLanes) = a (num_rows x depth) times b, or c * decay[row] + that
 // product.
 template <class Rows>
@@ -128,9 +175,13 @@ FORK_ATTN_INLINE void add_products(const float* q, const float* const* rows, int
 }
 
 // scores[i][n] = q[i] . k[n], by dot products: for few rows cheaper than transposing k. Columns
-// past `count` as above.
+// past `count` as above. `next` is asked for a share `dot_steps` times.
+int dot_steps(int num_rows, int width, int count) {
+  return (count + kLanes - 1) / kLanes * num_rows * (width / (kDotSums * kLanes));
+}
+
 void dot_products(const float* q, int num_rows, int width, const float* const* k, int count,
-                  float* scores) {
+                  float* scores, NextRows next) {
   for (int n = 0; n < count; n += kLanes) {
     const float* rows[kLanes];
     for (int i = 0; i < kLanes; ++i) rows[i] = k[n + i < count ? n + i : count - 1];
@@ -141,6 +192,7 @@ void dot_products(const float* q, int num_rows, int width, const float* const* k
 #pragma GCC unroll 2
         for (int s = 0; s < kDotSums; ++s)
           add_products(q + m * width + d + s * kLanes, rows, d + s * kLanes, sum[s]);
+        next.ask();
       }
       for (; d < width; d += kLanes) add_products(q + m * width + d, rows, d, sum[0]);
 #pragma GCC unroll 16
