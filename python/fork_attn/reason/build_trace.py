@@ -63,10 +63,10 @@ def _own_steps(run: Run, steps: Sequence[StepRecord]) -> tuple[StepRecord, ...]:
             if took is not None and took == gave:
                 accepted[took - first] += 1
     mine: list[StepRecord] = []
-    for i, step in enumerate(steps):
+    for i, record in enumerate(steps):
         drafts, drafted = run.drafted.get(first + i, (0, 0))
         counts = {"drafts": drafts, "drafted": drafted, "accepted": accepted[i]}
-        mine.append(replace(step, width=width[i], tokens=tokens[i], **counts))
+        mine.append(replace(record, width=width[i], tokens=tokens[i], **counts))
     return tuple(mine)
 
 
