@@ -25,11 +25,13 @@ class Protocol(ABC):
         name: by which `generate` knows it.
         needs_chat: the prompt is a question that goes through the tokenizer's chat template.
         needs_ropes: its threads see tokens at other positions than those they were written at.
+        watches: its threads see each other's tokens while they are written.
     """
 
     name: str
     needs_chat: ClassVar[bool] = False
     needs_ropes: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
 
     def tags(self) -> tuple[str, ...]:
         """Texts that must be one token each."""
