@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hf_models import build
+from hf_models import build, random_tokens
 from hf_twins import Twins
 
 from fork_attn import PlanCapacityExceeded, StaleBranch, Unsupported, hf

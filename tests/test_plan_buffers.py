@@ -11,7 +11,7 @@ from captured_pair import Captured
 from kv_table import KVTable, Model
 
 import fork_attn as fa
-from fork_attn import Draft, OutOfPages, PlanCapacityExceeded, StalePlan, Unsupported
+from fork_attn import Branch, Draft, OutOfPages, PlanCapacityExceeded, StalePlan, Unsupported
 from fork_attn.plan_buffers import PlanBuffers
 
 MODEL = Model()
