@@ -129,3 +129,7 @@ def test_the_list_names_every_shape_and_way(capsys: pytest.CaptureFixture[str]) 
     assert main(["bench", "--list"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in [*measure.WAYS, *measure.SHAPES])
+    takes = {line.split()[0] for line in shown.splitlines() if " fp8 " in line}
+    rivals = {name for name in takes if not measure.WAYS[name].ours}
+    assert "fork_attn_cpu" in takes
+    assert {name.split("_")[0] for name in rivals} == {"flashinfer", "fork"}
