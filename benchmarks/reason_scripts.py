@@ -112,7 +112,8 @@ def tagged_script(
         return (ids(f" the number {seed} has more than that.\n") * tokens)[:tokens]
 
     entries = "".join(f"<Outline>{i + 1}: a</Outline>" for i in range(threads))
-    root, script = words(0), {}
+    root = words(0)
+    script: dict[Path, list[int]] = {}
     for turn in range(1, rounds + 1):
         root += ids(opens + entries + ends)
         for i in range(threads):

@@ -4,8 +4,8 @@ stock `generate`.
     python benchmarks/reasoning.py --model tiny --quick
     python benchmarks/reasoning.py --json benchmarks/results/reasoning_cpu.json
 
-All ways run in turn, round after round, each round beginning with another one; the first round warms
-up.
+All ways run in turn, round after round, each round beginning with another one; the first round
+warms up.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ class Measurement:
         threads, tokens, forks = COORDINATION[self.size]
         script = tagged_script(self.tokenizer, "multiverse", threads, tokens, forks)
         found = self.in_turn(
-            {"": lambda: run_told(self.model, self.tokenizer, "multiverse", script)}
+            {"": partial(run_told, self.model, self.tokenizer, "multiverse", script)}
         )
         traces: list[Trace] = found[""]
         wide = [s for t in traces for s in t.steps if s.width == threads]
@@ -189,10 +190,7 @@ class Measurement:
         script = tagged_script(self.tokenizer, "threadweaver", threads, tokens, forks)
         names = ("threadweaver", "threadweaver_rebase")
         found: dict[str, list[Trace]] = self.in_turn(
-            {
-                name: (lambda name=name: run_told(self.model, self.tokenizer, name, script))
-                for name in names
-            }
+            {name: partial(run_told, self.model, self.tokenizer, name, script) for name in names}
         )
         return {
             "threads": threads,

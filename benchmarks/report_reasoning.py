@@ -68,13 +68,14 @@ def _joins(found: dict[str, Any]) -> list[str]:
         f"ThreadWeaver, {found['forks']} forks of {found['threads']} threads, {found['tokens']} "
         "tokens:",
         "",
-        "| join | seconds (p20–p95) | ms of the step behind a join | tokens read again | K and V at "
-        "most | after the last join |",
+        "| join | seconds (p20–p95) | ms of the step behind a join | tokens read again | K and V "
+        "at most | after the last join |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for name, way in found["ways"].items():
+        after = _spread(way["after_join"], 1e3, 1)
         lines.append(
-            f"| `{name}` | {_spread(way['seconds'], 1, 2)} | {_spread(way['after_join'], 1e3, 1)} | "
+            f"| `{name}` | {_spread(way['seconds'], 1, 2)} | {after} | "
             f"{way['prefilled_tokens']} | {_mib(way['peak_kv_bytes'])} | "
             f"{_mib(way['joined_kv_bytes'])} |"
         )
