@@ -19,6 +19,46 @@ struct ScatteredRows {
   FORK_ATTN_INLINE const float* row(int k) const { return rows[k]; }
 };
 
+// Rows that the next tile needs: pages lie anywhere, so the processor cannot guess them. They are
+// asked for a few lines at a time, beside the arithmetic: asked for at once, lines only wait for
+// each other, and memory rests while the arithmetic goes on.
+class NextRows {
+ public:
+  // `times`: how often `ask` will be called.
+  NextRows(const void* const* rows, int count, std::size_t bytes, int times)
+      : rows_(rows),
+        lines_in_row_(static_cast<int>((bytes + kLine - 1) / kLine)),
+        left_(count * lines_in_row_),
+        share_(times > 0 ? (left_ + times - 1) / times : 0) {}
+
+  FORK_ATTN_INLINE void ask() {
+    for (int i = 0; i < share_ && left_ > 0; ++i, --left_) {
+      __builtin_prefetch(static_cast<const char*>(rows_[row_]) + line_ * kLine, 0, 2);
+      if (++line_ == lines_in_row_) {
+        line_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kLine = 64;
+  const void* const* rows_;
+  int lines_in_row_, left_, share_;
+  int row_ = 0, line_ = 0;
+};
+
+// A right-hand matrix that asks for a share of the next tile with each of its rows.
+template <class Rows>
+struct AskingRows {
+  Rows rows;
+  NextRows* next;
+  FORK_ATTN_INLINE const float* row(int k) const {
+    next->ask();
+    return rows.row(k);
+  }
+};
+
 // With 32 vector registers 6 x 4 accumulators fit, with 16 registers 6 x 2.
 constexpr int kBlockRows = 6;
 #if defined(__aarch64__)
@@ -84,6 +124,13 @@ void multiply_columns(const float* a, int64_t a_stride, int num_rows, Rows b, in
   }
 }
 
+// How often `multiply` below takes a row of b.
+inline int rows_taken(int num_rows, int depth, int num_vectors) {
+  const int rest = num_vectors % kBlockVectors;
+  const int columns = num_vectors / kBlockVectors + rest / 2 + rest % 2;
+  return (num_rows + kBlockRows - 1) / kBlockRows * columns * depth;
+}
+
 // c (num_rows x num_vectors * kLanes) = a (num_rows x depth) times b, or c * decay[row] + that
 // product.
 template <class Rows>
@@ -120,36 +167,61 @@ void transpose_rows(const float* const* k, int count, int width, float* out) {
 // Four accumulators alone would wait for each other's additions, and round more.
 constexpr int kDotSums = kLanes == 4 ? 2 : 1;
 
-FORK_ATTN_INLINE void add_products(const float* q, const float* const* rows, int column,
-                                   VecF* sum) {
-  const VecF left = load(q);
+// scores[i][n] = q[i] . k[n] for kRows rows of q, kLanes / kRows slots at a time.
+template <int kRows>
+void dot_block(const float* q, int width, const float* const* k, int count, float* scores,
+               NextRows& next) {
+  constexpr int kSlots = kLanes / kRows;
+  for (int n = 0; n < (count + kLanes - 1) / kLanes * kLanes; n += kSlots) {
+    const float* rows[kSlots];
+    for (int i = 0; i < kSlots; ++i) rows[i] = k[n + i < count ? n + i : count - 1];
+    VecF sum[kDotSums][kLanes] = {};
+    const auto add = [&](int d, VecF* to) {
+      VecF right[kSlots];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) sum[i] += left * load(rows[i] + column);
+      for (int i = 0; i < kSlots; ++i) right[i] = load(rows[i] + d);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        const VecF left = load(q + m * width + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kSlots; ++i) to[m * kSlots + i] += left * right[i];
+      }
+    };
+    int d = 0;
+    for (; d + kDotSums * kLanes <= width; d += kDotSums * kLanes) {
+#pragma GCC unroll 2
+      for (int s = 0; s < kDotSums; ++s) add(d + s * kLanes, sum[s]);
+      next.ask();
+    }
+    for (; d < width; d += kLanes) add(d, sum[0]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      for (int s = 1; s < kDotSums; ++s) sum[0][i] += sum[s][i];
+    }
+    float lanes[kLanes];
+    store(lanes, sum_each(sum[0]));
+    for (int m = 0; m < kRows; ++m)
+      std::memcpy(scores + m * kTileSlots + n, lanes + m * kSlots, kSlots * sizeof(float));
+  }
+}
+
+// How often `dot_products` asks for a share of the next tile.
+inline int dot_steps(int num_rows, int width, int count) {
+  return (count + kLanes - 1) / kLanes * num_rows * (width / (kDotSums * kLanes));
 }
 
 // scores[i][n] = q[i] . k[n], by dot products: for few rows cheaper than transposing k. Columns
 // past `count` as above.
 void dot_products(const float* q, int num_rows, int width, const float* const* k, int count,
-                  float* scores) {
-  for (int n = 0; n < count; n += kLanes) {
-    const float* rows[kLanes];
-    for (int i = 0; i < kLanes; ++i) rows[i] = k[n + i < count ? n + i : count - 1];
-    for (int m = 0; m < num_rows; ++m) {
-      VecF sum[kDotSums][kLanes] = {};
-      int d = 0;
-      for (; d + kDotSums * kLanes <= width; d += kDotSums * kLanes) {
-#pragma GCC unroll 2
-        for (int s = 0; s < kDotSums; ++s)
-          add_products(q + m * width + d + s * kLanes, rows, d + s * kLanes, sum[s]);
-      }
-      for (; d < width; d += kLanes) add_products(q + m * width + d, rows, d, sum[0]);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        for (int s = 1; s < kDotSums; ++s) sum[0][i] += sum[s][i];
-      }
-      store(scores + m * kTileSlots + n, sum_each(sum[0]));
-    }
-  }
+                  float* scores, NextRows next) {
+  int m = 0;
+  const auto block = [&](auto rows) {
+    dot_block<rows.value>(q + m * width, width, k, count, scores + m * kTileSlots, next);
+    m += rows.value;
+  };
+  while (m + 4 <= num_rows) block(std::integral_constant<int, 4>{});
+  if (m + 2 <= num_rows) block(std::integral_constant<int, 2>{});
+  if (m < num_rows) block(std::integral_constant<int, 1>{});
 }
 
 }  // namespace

@@ -35,15 +35,6 @@ void widen_rows(const void* const* from, int count, int dim, int width, float* s
   }
 }
 
-// Asks for rows that the next tile needs: pages lie anywhere, so the processor cannot guess them.
-inline void prefetch_rows(const void* const* rows, int count, std::size_t bytes) {
-  constexpr std::size_t kLine = 64;
-  for (int n = 0; n < count; ++n) {
-    const char* row = static_cast<const char*>(rows[n]);
-    for (std::size_t b = 0; b < bytes; b += kLine) __builtin_prefetch(row + b, 0, 2);
-  }
-}
-
 inline bool all_finite(const float* row, int width) {
   VecF sum = {};
   for (int d = 0; d < width; d += kLanes) sum += load(row + d) * 0.0f;  // NaN from Inf and NaN
@@ -184,35 +175,40 @@ class UnitRunner {
   void attend_tile(const Tile& tile, const Tile& next) {
     prepare_rows(tile);
     prepare_masks(tile);
-    prefetch_rows(next.k, next.count, p_.head_dim * sizeof(KV));
     const bool dot = num_rows_ <= kDotRows && !invariant_;  // the two round differently
     if (!dot) transpose_rows(k_, tile.count, width_, k_columns_);
     const int num_vectors = (tile.count + kLanes - 1) / kLanes;
     for (int row = 0; row < num_rows_; row += kChunkRows) {
       const int rows = num_rows_ - row < kChunkRows ? num_rows_ - row : kChunkRows;
       const float* q = q_ + row * width_;
+      const int coming = row == 0 ? next.count : 0;
       if (dot) {
-        dot_products(q, rows, width_, k_, tile.count, scores_);
+        dot_products(q, rows, width_, k_, tile.count, scores_,
+                     NextRows(next.k, coming, p_.head_dim * sizeof(KV),
+                              dot_steps(rows, width_, tile.count)));
       } else {
-        multiply_keys(q, rows, num_vectors);
+        NextRows keys(next.k, coming, p_.head_dim * sizeof(KV),
+                      rows_taken(rows, width_, num_vectors));
+        multiply_keys(q, rows, num_vectors, keys);
       }
       softmax(row, rows, num_vectors);
-      if (row == 0) prefetch_rows(next.v, next.count, p_.head_dim_v * sizeof(KV));
       if (isolate_) {
         add_isolated(row, rows);
-      } else {
-        multiply(scores_, kTileSlots, rows, ScatteredRows{v_}, tile.count, width_v_ / kLanes,
-                 out_ + row * width_v_, width_v_, decay_);
+        continue;
       }
+      NextRows values(next.v, coming, p_.head_dim_v * sizeof(KV),
+                      rows_taken(rows, tile.count, width_v_ / kLanes));
+      multiply(scores_, kTileSlots, rows, AskingRows<ScatteredRows>{{v_}, &values}, tile.count,
+               width_v_ / kLanes, out_ + row * width_v_, width_v_, decay_);
     }
   }
 
   // Q K^T, a few columns of Q at a time: that part of K stays in the L1 cache, and long dot
   // products lose less to rounding.
-  void multiply_keys(const float* q, int rows, int num_vectors) {
+  void multiply_keys(const float* q, int rows, int num_vectors, NextRows& next) {
     constexpr int kDepth = 64;
     for (int d = 0; d < width_; d += kDepth) {
-      const StridedRows columns{k_columns_ + d * kTileSlots, kTileSlots};
+      const AskingRows<StridedRows> columns{{k_columns_ + d * kTileSlots, kTileSlots}, &next};
       const int depth = width_ - d < kDepth ? width_ - d : kDepth;
       multiply(q + d, width_, rows, columns, depth, num_vectors, scores_, kTileSlots,
                d == 0 ? nullptr : ones_);
