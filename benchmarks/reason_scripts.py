@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from fork_attn.demo import weights
-from fork_attn.reason import Limits, Protocol, Script, Thread, Trace, add_tags, together
+from fork_attn.reason import Limits, Protocol, Thread, Trace, add_tags, together
+from fork_attn.reason import script as scripts
 from fork_attn.reason.job import Finished, Job
 from fork_attn.reason.sampling import Sampler
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 TAGGED = ("multiverse", "threadweaver", "threadweaver_rebase")
 PROMPT = "Which of these numbers has most divisors? "
 Path = tuple[tuple[int, int], ...]
+Script = Mapping[Path, Sequence[int]]
+"""Tokens by place in the tree."""
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -59,7 +62,7 @@ class Fan(Protocol):
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         return self.ids
 
-    def run(self, root: Thread) -> Script:
+    def run(self, root: Thread) -> scripts.Script:
         threads = [root]
         yield from root.flush()  # the prompt is a step of its own, which is not timed
         if len(self.firsts) > 1:
@@ -78,7 +81,7 @@ class Fan(Protocol):
 class Told(Sampler):
     """Samples greedily, and then returns the token that a script says: by place in the tree."""
 
-    def __init__(self, script: Mapping[Path, Sequence[int]]) -> None:
+    def __init__(self, script: Script) -> None:
         super().__init__(GenerationConfig(do_sample=False))
         self.left = {path: iter(ids) for path, ids in script.items()}
 
@@ -94,7 +97,7 @@ class Told(Sampler):
 
 def tagged_script(
     tokenizer: PreTrainedTokenizerBase, protocol: str, threads: int, tokens: int, rounds: int
-) -> dict[Path, list[int]]:
+) -> Script:
     """What a model writes that forks `rounds` times and joins its threads each time.
 
     Args:
@@ -126,7 +129,7 @@ def run_told(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     protocol: str,
-    script: Mapping[Path, Sequence[int]],
+    script: Script,
 ) -> Trace:
     """A generation whose tokens are those of the script.
 

@@ -4,8 +4,8 @@ stock `generate`.
     python benchmarks/reasoning.py --model tiny --quick
     python benchmarks/reasoning.py --json benchmarks/results/reasoning_cpu.json
 
-All ways run in turn, round after round, each round beginning with another one; the first round
-warms up.
+After a small generation by each, all ways run in turn, round after round, each round beginning with
+another one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from e2e_ways import Stock, StockBatch
-from reason_scripts import PROMPT, Fan, load, run_told, tagged_script
+from reason_scripts import PROMPT, TAGGED, Fan, Script, load, run_told, tagged_script
 from test_reason import make_steps
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
@@ -39,8 +39,8 @@ NO_TOKEN = 2**31 - 1
 # Prompt tokens, threads, tokens that each writes.
 FANS = {"full": ((4096, 8, 12), (1024, 1, 32)), "quick": ((64, 3, 4), (48, 1, 4))}
 # Threads, tokens of each, forks.
-COORDINATION = {"full": (16, 24, 2), "quick": (3, 4, 1)}
-JOINS = {"full": (4, 48, 2), "quick": (2, 4, 1)}
+COORDINATION = {"full": (16, 16, 1), "quick": (3, 4, 1)}
+JOINS = {"full": (4, 24, 1), "quick": (2, 4, 1)}
 
 # Seconds; tokens of each thread; bytes of K and V at most.
 Run = Callable[[], tuple[float, list[list[int]], int]]
@@ -51,7 +51,7 @@ class Measurement:
 
     Args:
         name: "smollm2" or "tiny".
-        rounds: that count.
+        rounds: of all ways.
         quick: tiny sizes.
     """
 
@@ -63,6 +63,11 @@ class Measurement:
         generator = torch.Generator().manual_seed(0)
         self.prompt = torch.randint(0, 60, (longest,), generator=generator).tolist()
         self.cache = hf.attach(self.model, num_pages=longest // 16 + 512)
+        for protocol in TAGGED:
+            self.told(protocol, tagged_script(self.tokenizer, protocol, 2, 2, 1))
+
+    def told(self, protocol: str, script: Script) -> Trace:
+        return run_told(self.model, self.tokenizer, protocol, script)
 
     def page_bytes(self) -> int:
         return sum(
@@ -72,15 +77,13 @@ class Measurement:
         )
 
     def in_turn(self, runs: dict[str, Callable[[], Any]]) -> dict[str, list[Any]]:
-        """What each returned, round by round, without the first round."""
+        """What each returned, round by round."""
         found: dict[str, list[Any]] = {name: [] for name in runs}
         names = list(runs)
-        for turn in range(self.rounds + 1):
+        for turn in range(self.rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                value = runs[name]()
-                if turn:
-                    found[name].append(value)
+                found[name].append(runs[name]())
         return found
 
     # --- beside stock generate
@@ -156,10 +159,7 @@ class Measurement:
         without any model."""
         threads, tokens, forks = COORDINATION[self.size]
         script = tagged_script(self.tokenizer, "multiverse", threads, tokens, forks)
-        found = self.in_turn(
-            {"": partial(run_told, self.model, self.tokenizer, "multiverse", script)}
-        )
-        traces: list[Trace] = found[""]
+        traces = [self.told("multiverse", script) for _ in range(self.rounds)]
         wide = [s for t in traces for s in t.steps if s.width == threads]
         return {
             "protocol": "multiverse",
@@ -190,7 +190,7 @@ class Measurement:
         script = tagged_script(self.tokenizer, "threadweaver", threads, tokens, forks)
         names = ("threadweaver", "threadweaver_rebase")
         found: dict[str, list[Trace]] = self.in_turn(
-            {name: partial(run_told, self.model, self.tokenizer, name, script) for name in names}
+            {name: partial(self.told, name, script) for name in names}
         )
         return {
             "threads": threads,
