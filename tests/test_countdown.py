@@ -29,26 +29,52 @@ def problems(count: int, held_out: bool = False) -> list[task.Problem]:
 @pytest.mark.parametrize(
     ("answer", "right"),
     [
-        ("9 + 4 = 13 13 * 3 = 39", True),
-        ("3 * 13 = 39 9 + 4 = 13", False),  # 13 is not there yet
-        ("9 + 4 = 13 13 * 3 = 38", False),
-        ("9 * 4 = 36 36 + 3 = 39", True),
-        ("9 + 4 = 13", False),  # a number is left
-        ("9 + 9 = 18 18 + 3 = 21", False),
-        ("9 + 4 = 13 13 * 3", False),
+        ("9 + 4 = 13 13 - 3 = 10", True),
+        ("9 - 4 = 5 5 + 5 = 10", True),  # one number is left over
+        ("3 + 7 = 10", False),  # 7 is not there
+        ("13 - 3 = 10 9 + 4 = 13", False),  # nor is 13 yet
+        ("9 + 4 = 13 13 - 3 = 11", False),
+        ("9 + 4 = 13", False),
+        ("5 + 5 = 10", False),  # 5 is there once
+        ("9 - 4 = 5 5 + 4 = 9", False),  # 4 is used up
+        ("9 - 3 = 6 5 + 4 = 9", False),  # 6 was made for nothing
+        ("9 + 4 = 13 13 - 3", False),
         ("none", False),
         ("", False),
         ("make = make = make", False),
     ],
 )
 def test_verify(answer: str, right: bool) -> None:
-    assert task.verify(task.Problem((9, 4, 3), 39), answer.split()) is right
+    assert task.verify(task.Problem((9, 5, 4, 3), 10), answer.split()) is right
 
 
 def test_what_cannot_be_made_is_none() -> None:
     assert task.verify(task.Problem((1, 1), 7), ["none"])
     assert not task.verify(task.Problem((5, 2), 7), ["none"])
-    assert task.reachable((2, 1)) == {1, 2, 3} and task.reachable((1, 1)) == {1, 2}
+    assert task.reachable((2, 1)) == {1, 3} and task.reachable((1, 1)) == {2}
+    assert task.reachable((5, 2, 1)) == {1, 2, 3, 4, 6, 7, 8}
+
+
+def test_problems_are_drawn_as_said() -> None:
+    drawn = problems(2000, held_out=True)
+    assert {len(p.numbers) for p in drawn} == set(task.COUNTS)
+    assert all(task.Problem.parse(" ".join(p.words)) == p for p in drawn)
+    unsolvable = sum(p.target not in task.reachable(p.numbers) for p in drawn)
+    assert 0.07 < unsolvable / len(drawn) < 0.13
+
+
+def test_baselines() -> None:
+    import evaluation
+
+    texts = ["1 1 make 7", "5 2 make 7", "2 1 make 1", "5 2 1 make 8"]
+    outcomes = [evaluation.Outcome(text, False, True, 0, 1, 1, 1) for text in texts]
+    found = evaluation.baselines(outcomes)
+    assert found["always `none`"] == 1 / 4
+    # 5+2, 5-2, 5+1, 5-1, 2+1, 2-1 and each with what is left: 18 tries, of which 3 give 8
+    assert found["a random try"] == pytest.approx((0 + 1 / 2 + 1 / 2 + 3 / 18) / 4)
+    low, high = evaluation.interval(0.8, 300)
+    assert (round(low, 3), round(high, 3)) == (0.751, 0.841)
+    assert evaluation.interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
 def test_written_searches_end_in_right_answers() -> None:
@@ -64,6 +90,35 @@ def test_written_searches_end_in_right_answers() -> None:
         assert words.count("<Path>") == (pairs if pairs > 1 else 0)
 
 
+def test_a_written_search() -> None:
+    words, found = traces.search_pair((9, 4), [3], 10)
+    assert " ".join(words) == "try 9 + 4 = 13 10 high 13 + 3 = 16 10 high 13 - 3 = 10 10 hit"
+    assert found
+    words, found = traces.search_pair((4, 4), [], 9)
+    assert " ".join(words) == "try 4 + 4 = 8 9 low try 4 - 4 = out miss"
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("try 9 + 4 = 13 13 hit answer hit <eos>", "9 + 4 = 13"),
+        (
+            "try 9 + 4 = 13 5 high 13 + 3 = 16 5 high try 9 - 4 = 5 5 hit answer hit </Conclusion>",
+            "9 - 4 = 5",
+        ),
+        ("try 9 + 4 = 13 10 high 13 - 3 = 10 10 hit </Path> answer hit", "9 + 4 = 13 13 - 3 = 10"),
+        ("try 9 + 4 = 13 10 high miss answer none", "none"),
+        ("hit answer hit", ""),
+        ("try hit answer hit", ""),
+        ("answer", ""),
+        ("try 9 + 4 = 13 13 hit", ""),
+    ],
+)
+def test_the_answer_is_read_off_the_search(text: str, answer: str) -> None:
+    assert " ".join(traces.answer_of(text.split())) == answer
+
+
 def test_held_out_numbers_are_never_trained_on() -> None:
     held = {problem.numbers for problem in problems(300, held_out=True)}
     assert held and not held & {problem.numbers for problem in problems(300)}
@@ -74,7 +129,7 @@ def test_training_sees_what_generation_will_do() -> None:
     mask, the trace of a generation in Multiverse's protocol."""
     tokenizer = make_tokenizer()
     encode = tokenizer.convert_tokens_to_ids
-    problem = next(p for p in problems(100) if len(task.first_pairs(p.numbers)) == 3)
+    problem = next(p for p in problems(100) if len(task.first_pairs(p.numbers)) == 6)
     example = traces.parallel_example(problem, encode)
     words = tokenizer.convert_ids_to_tokens(example.token_ids)
     starts = [i for i, word in enumerate(words) if word == "<Path>"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from evaluation import Outcome, percentile, summary, within
+from evaluation import Outcome, baselines, forks, interval, percentile, summary, within
 
 from fork_attn.reason.scene import Group, Line, Mark, Scene, Text
 
 TITLE = "Countdown: share of problems solved within a budget"
-BUDGETS = (40, 60, 80, 100, 120, 160, 200, 240)
+BUDGETS = {
+    "critical_path_tokens": (40, 60, 80, 100, 120, 160, 200, 300),
+    "seconds": (250, 500, 1000, 1500, 2000, 3000, 4000, 6000),
+    "total_tokens": (40, 80, 120, 160, 200, 240, 320, 400),
+}
 PANELS = (
     ("critical_path_tokens", "tokens one after another", 1.0),
     ("seconds", "milliseconds, one problem at a time", 1e3),
@@ -29,7 +31,7 @@ def draw(found: dict[str, list[Outcome]], title: str = TITLE) -> Scene:
         accuracy = summary(outcomes)["accuracy"]
         marks.append(Line(((x, 56), (x + 24, 56)), colour, 3))
         marks.append(Text(x + 30, 60, f"{name}: {accuracy:.1%} solved in the end", "faint"))
-        x += 230
+        x += 250
     scene.groups.append(Group(marks))
     width = (WIDTH - 2 * MARGIN - 2 * GAP) / 3
     for i, (field, label, scale) in enumerate(PANELS):
@@ -65,34 +67,47 @@ def _panel(
 
 
 def _ticks(most: float) -> list[float]:
-    step = next(s for s in (10, 20, 25, 50, 100, 200, 500, 1000, 5000) if most / s <= 6)
+    step = next(s for s in (10, 20, 25, 50, 100, 200, 500, 1000, 2000, 5000) if most / s <= 6)
     return [step * i for i in range(int(most / step) + 1)]
 
 
-def table(found: dict[str, list[Outcome]], budgets: Sequence[int] = BUDGETS) -> str:
-    """Markdown: a row for each model, then accuracies within budgets."""
+def table(found: dict[str, list[Outcome]]) -> str:
+    """Markdown: a row for each model, how it forks, then shares solved within budgets with 95 %
+    intervals.
+    """
     rows = [
-        "| | solved | tokens in all | one after another | 95th percentile | ms | 95th | forks |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | solved | tokens in all | one after another | 95th percentile | ms | 95th |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, outcomes in found.items():
         s = summary(outcomes)
         rows.append(
-            f"| {name} | {s['accuracy']:.1%} | {s['total_tokens']:.1f} | "
+            f"| {name} | {_share(s['accuracy'], len(outcomes))} | {s['total_tokens']:.1f} | "
             f"{s['critical_path_tokens']:.1f} | {s['critical_path_tokens_p95']} | "
-            f"{s['milliseconds']:.0f} | {s['milliseconds_p95']:.0f} | {s['forked']:.0%} |"
+            f"{s['milliseconds']:.0f} | {s['milliseconds_p95']:.0f} |"
         )
-    for field, label in (
-        ("critical_path_tokens", "tokens one after another"),
-        ("total_tokens", "tokens in all"),
-    ):
-        heads = " | ".join(map(str, budgets))
-        rows += [
-            "",
-            f"| solved within so many {label} | {heads} |",
-            "|---" * (len(budgets) + 1) + "|",
-        ]
+    for name, share in baselines(next(iter(found.values()))).items():
+        rows.append(f"| {name} | {share:.1%} |" + " |" * 5)
+    rows += ["", "| | pairs | problems | forked | right width | solved |", "|---" * 6 + "|"]
+    for name, outcomes in found.items():
+        rows += [f"| {name} | {' | '.join(map(str, f.values()))} |" for f in forks(outcomes)]
+    for field, label, scale in PANELS:
+        counts = {
+            name: sum(getattr(o, field) is not None for o in outcomes)
+            for name, outcomes in found.items()
+        }
+        heads = " | ".join(map(str, BUDGETS[field]))
+        rows += ["", f"| solved within so many {label} | {heads} |"]
+        rows.append("|---" * (len(BUDGETS[field]) + 1) + "|")
         for name, outcomes in found.items():
-            cells = " | ".join(f"{within(outcomes, field, b):.1%}" for b in budgets)
-            rows.append(f"| {name} | {cells} |")
+            cells = " | ".join(
+                _share(within(outcomes, field, budget / scale), counts[name])
+                for budget in BUDGETS[field]
+            )
+            rows.append(f"| {name} ({counts[name]} problems) | {cells} |")
     return "\n".join(rows) + "\n"
+
+
+def _share(share: float, count: int) -> str:
+    low, high = interval(share, count)
+    return f"{share:.1%} ({100 * low:.0f} to {100 * high:.0f})"

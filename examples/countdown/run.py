@@ -1,6 +1,6 @@
 """Trains two small models from scratch, one that forks and one that does not, and compares them.
 
-    python examples/countdown/run.py            # about 20 minutes on one core
+    python examples/countdown/run.py            # about 10 minutes on one idle core
     python examples/countdown/run.py --quick    # a minute: shows that it runs, learns nothing much
 
 Writes results.json, results.md, results.svg and the trace of one problem (trace.json, trace.svg).
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import evaluation
 import picture
 import torch
+from machine import machine
 from model import make_model, make_tokenizer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -34,8 +34,10 @@ from fork_attn.reason import trace_picture
 
 MAKERS = {"parallel": parallel_example, "serial": serial_example}
 BUDGETS = {
-    "cpu": Budget(steps=1500, tokens_per_step=2048),
-    "cuda": Budget(steps=8000, tokens_per_step=16384, learning_rate=1e-3),
+    "cpu": Budget(steps=700, tokens_per_step=1024),
+    "cuda": Budget(
+        steps=8000, tokens_per_step=16384, learning_rate=1e-3, matrix_learning_rate=5e-3
+    ),
     "quick": Budget(steps=20, tokens_per_step=1024),
 }
 
@@ -54,8 +56,8 @@ def main() -> None:
     if args.only:
         return
     for model in models.values():
-        hf.attach(model, num_pages=2048)
-    problems = evaluation.held_out(args.problems, args.seed + 1)
+        hf.attach(model, num_pages=4096)
+    problems = evaluation.held_out(args.problems, args.seed)
     timed = min(args.timed, len(problems))
     with progress(console) as bar:
         task = bar.add_task("solving held-out problems", total=len(models) + timed)
@@ -74,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a larger one"
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="of training (default: 1500)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of training (default: 700)")
     parser.add_argument("--problems", type=int, metavar="N", help="to evaluate (default: 300)")
     parser.add_argument(
         "--timed",
@@ -160,15 +162,18 @@ def write(
     command = "python examples/countdown/run.py " + shlex.join(sys.argv[1:])
     results = {
         "command": command.strip(),
-        "machine": machine(args),
+        "machine": (place := machine(args.device)),
         "budget": {**budget, "sampled_tokens": evaluation.TOKEN_BUDGET},
         "training": training,
         "summary": {name: evaluation.summary(outcomes) for name, outcomes in found.items()},
+        "baselines": evaluation.baselines(next(iter(found.values()))),
         "outcomes": evaluation.as_json(found),
     }
     (args.out / "results.json").write_text(_one_line_each(results), encoding="utf-8")
     table = picture.table(found)
-    text = f"`{command.strip()}` on {machine(args)}.\n\n{table}"
+    software = f"torch {place['torch']}, commit {place['commit']}, {place['date'][:16]}"
+    ran = f"`{command.strip()}` on {place['processor']}, {place['threads']} thread(s), {software}."
+    text = f"{ran}\n\n{table}"
     (args.out / "results.md").write_text(text, encoding="utf-8")
     scene = picture.draw(found)
     (args.out / "results.svg").write_text(scene.svg(), encoding="utf-8")
@@ -183,17 +188,6 @@ def _one_line_each(results: dict[str, Any]) -> str:
         for name, rows in outcomes.items()
     ]
     return text + ',\n "outcomes": {\n' + ",\n".join(tables) + "\n }\n}\n"
-
-
-def machine(args: argparse.Namespace) -> str:
-    """What it ran on."""
-    name = platform.processor() or platform.machine()
-    if args.device == "cuda":
-        name = torch.cuda.get_device_name()
-    elif (info := Path("/proc/cpuinfo")).is_file():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        name = next((x.split(": ")[1] for x in lines if x.startswith("model name")), name)
-    return f"{name}, {args.threads} thread(s), torch {torch.__version__}"
 
 
 def progress(console: Console) -> Progress:

@@ -19,49 +19,56 @@ TAGS = (
     "<Conclusion>", "</Conclusion>", "</Parallel>",
 )  # fmt: skip
 EOS = "<eos>"
-ANSWER = "answer"
+ANSWER, HIT, NONE, TRY = "answer", "hit", "none", "try"
+MOST_PATHS = 6  # pairs out of four numbers
 Encode = Callable[[Sequence[str]], list[int]]
 
 
-def search_pair(
-    pair: tuple[int, int], rest: Sequence[int], target: int
-) -> tuple[list[str], list[str]]:
+def search_pair(pair: tuple[int, int], rest: Sequence[int], target: int) -> tuple[list[str], bool]:
     """Everything that begins with that pair, up to the first solution.
 
+    Each result is followed by the target and by how they compare, side by side, which is what makes
+    it easy to learn: `9 4 3 make 10` begins with `try 9 + 4 = 13 10 high 13 + 3 = 16 10 high`.
+
     Returns:
-        The words of the search, and those of the solution, empty if there is none.
+        The words of the search, and whether it found a solution.
     """
     words: list[str] = []
-    a, b = pair
     for first in OPERATORS:
-        result = apply(first, a, b)
-        head = [str(a), first, str(b), "=", "out" if result is None else str(result)]
-        words += head
+        result = apply(first, *pair)
+        words += [TRY, *_equation(pair[0], first, pair[1], result), *_verdict(result, target)]
         if result is None:
             continue
-        if not rest:
-            if result == target:
-                return [*words, "hit"], head
-            continue
-        (c,) = rest
-        for second in OPERATORS:
-            value = apply(second, result, c)
-            tail = [str(result), second, str(c), "=", "out" if value is None else str(value)]
-            words += tail
-            if value == target:
-                return [*words, "hit"], [*head, *tail]
-    return [*words, "miss"], []
+        if result == target:
+            return words, True
+        for c in rest:
+            for second in OPERATORS:
+                value = apply(second, result, c)
+                words += [*_equation(result, second, c, value), *_verdict(value, target)]
+                if value == target:
+                    return words, True
+    return [*words, "miss"], False
+
+
+def _equation(a: int, sign: str, b: int, result: int | None) -> list[str]:
+    return [str(a), sign, str(b), "=", "out" if result is None else str(result)]
+
+
+def _verdict(result: int | None, target: int) -> list[str]:
+    if result is None:
+        return []
+    return [str(target), HIT if result == target else "low" if result < target else "high"]
 
 
 def serial_words(problem: Problem) -> list[str]:
     """What the serial model writes."""
     words: list[str] = []
     for pair, rest in first_pairs(problem.numbers):
-        search, solution = search_pair(pair, rest, problem.target)
-        words += ["try", *search]
-        if solution:
-            return [*words, ANSWER, *solution, EOS]
-    return [*words, ANSWER, "none", EOS]
+        search, found = search_pair(pair, rest, problem.target)
+        words += search
+        if found:
+            return [*words, ANSWER, HIT, EOS]
+    return [*words, ANSWER, NONE, EOS]
 
 
 def serial_example(problem: Problem, encode: Encode) -> TrainingExample:
@@ -82,11 +89,10 @@ def parallel_example(problem: Problem, encode: Encode) -> TrainingExample:
     packer = Packer()
     prompt = packer.add(encode(problem.words), position=0, generated=False)
     goal = packer.add(encode(goal_words(problem)), position=prompt.stop, sees=[prompt])
-    paths, answer = [], ["none"]
+    paths, answer = [], NONE
     for number, (pair, rest) in enumerate(pairs, start=1):
-        search, solution = search_pair(pair, rest, problem.target)
-        if solution and answer == ["none"]:
-            answer = solution
+        search, found = search_pair(pair, rest, problem.target)
+        answer = HIT if found else answer
         words = ["<Path>", f"{number}:", *search, "</Path>"]
         flags = [False, False] + [True] * (len(words) - 2)
         paths.append(
@@ -95,7 +101,7 @@ def parallel_example(problem: Problem, encode: Encode) -> TrainingExample:
                 generated=flags,
             )
         )  # fmt: skip
-    words = ["<Conclusion>", ANSWER, *answer, "</Conclusion>", "</Parallel>", EOS]
+    words = ["<Conclusion>", ANSWER, answer, "</Conclusion>", "</Parallel>", EOS]
     packer.add(
         encode(words),
         position=prompt.stop + len(goal) + max(map(len, paths)),
@@ -116,13 +122,16 @@ def goal_words(problem: Problem) -> list[str]:
 
 
 def answer_of(words: Sequence[str]) -> list[str]:
-    """The words of the last answer in a generated text."""
-    if ANSWER not in words:
+    """What a generated text answers: `none`, or the solution that led to its first `hit`, which is
+    one equation, or the one after the last `try` and one that goes on from it.
+    """
+    words = list(words)
+    verdict = words[len(words) - words[::-1].index(ANSWER) :][:1] if ANSWER in words else []
+    if verdict != [HIT]:
+        return verdict if verdict == [NONE] else []
+    hit = words.index(HIT)
+    if TRY not in words[:hit]:
         return []
-    start = len(words) - list(words)[::-1].index(ANSWER)
-    answer = []
-    for word in words[start:]:
-        if word.startswith("<"):
-            break
-        answer.append(word)
-    return answer
+    start = hit - words[:hit][::-1].index(TRY)
+    last = words[max(start, hit - 6) : hit - 1]
+    return last if hit - 6 <= start else [*words[start : start + 5], *last]

@@ -22,7 +22,8 @@ class Budget:
 
     steps: int
     tokens_per_step: int
-    learning_rate: float = 3e-3
+    learning_rate: float = 3e-3  # of AdamW: embeddings and norms
+    matrix_learning_rate: float = 1e-2  # of Muon: all other weights
     warmup: float = 0.05
 
 
@@ -84,13 +85,11 @@ def train(
         The loss of each step.
     """
     device = model.device
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
-        lr=budget.learning_rate, betas=(0.9, 0.98),
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _scale(step, budget))
+    optimizers = _optimizers(model, budget)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _scale(step, budget))
+        for optimizer in optimizers
+    ]
     losses = []
     model.train()
     source = batches(make, budget, seed)
@@ -104,15 +103,30 @@ def train(
         ).last_hidden_state  # fmt: skip
         logits = model.lm_head(hidden.flatten(0, 1)[data["rows"]])
         loss = torch.nn.functional.cross_entropy(logits, data["targets"])
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         losses.append(loss.item())
         on_step(step, losses[-1], data["input_ids"].numel())
     model.eval()
     return losses
+
+
+def _optimizers(model: LlamaForCausalLM, budget: Budget) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for the layers' matrices, AdamW for everything else."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    taken = set(map(id, matrices))
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    return [
+        torch.optim.Muon(
+            matrices, lr=budget.matrix_learning_rate, weight_decay=0.0, momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(rest, lr=budget.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]  # fmt: skip
 
 
 def _scale(step: int, budget: Budget) -> float:
