@@ -55,6 +55,7 @@ bench: $(VENV)/.installed-dev $(VENV)/.weights build/cpp  ## on a quiet CPU, und
 	$(PY) -m pytest benchmarks -q --benchmark-columns=min,median,max $(ARGS)
 	$(PY) -m fork_attn bench --device cpu --seconds 1 --json $(RESULTS)/suite_cpu.json
 	$(PY) benchmarks/end_to_end.py --json $(RESULTS)/end_to_end_cpu.json
+	$(PY) benchmarks/reasoning.py --json $(RESULTS)/reasoning_cpu.json
 	$(PY) benchmarks/report.py
 
 bench-report: $(VENV)/.installed-dev  ## README's headline, docs/benchmarks.md and pictures from committed results
