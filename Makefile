@@ -55,6 +55,7 @@ bench: $(VENV)/.installed-dev $(VENV)/.weights build/cpp  ## on a quiet CPU, und
 	$(PY) -m pytest benchmarks -q --benchmark-columns=min,median,max $(ARGS)
 	$(PY) -m fork_attn bench --device cpu --seconds 1 --json $(RESULTS)/suite_cpu.json
 	$(PY) benchmarks/end_to_end.py --json $(RESULTS)/end_to_end_cpu.json
+	$(PY) benchmarks/reasoning.py --json $(RESULTS)/reasoning_cpu.json
 	$(PY) benchmarks/report.py
 
 bench-report: $(VENV)/.installed-dev  ## README's headline, docs/benchmarks.md and pictures from committed results
@@ -63,7 +64,7 @@ bench-report: $(VENV)/.installed-dev  ## README's headline, docs/benchmarks.md a
 wheels:  ## manylinux wheels for the Pythons at hand, tried in clean environments; into dist
 	.ci/wheels
 
-gpu:  ## on a GPU machine: build, test, measure; PART=build|test|baseline|bench|dry
+gpu:  ## on a GPU machine, in ten minutes: build, test, measure; PART=build|tests|baseline|tune|bench|dry
 	$(if $(filter dry,$(PART)),$(MAKE) $(VENV)/.installed-dev)
 	PYTHON=$(if $(filter dry,$(PART)),$(PY),$(PYTHON)) benchmarks/gpu/run.sh $(or $(PART),all)
 

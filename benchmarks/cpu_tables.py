@@ -1,4 +1,4 @@
-"""Writes the results of cpu_attention.py and cpu_end_to_end.py into docs/kernels/cpu.md.
+"""Writes the results of cpu_attention.py into docs/kernels/cpu.md.
 
 python benchmarks/cpu_tables.py
 """
@@ -134,25 +134,6 @@ def other_machine(result: dict[str, Any]) -> str:
     return "\n".join([conditions(result), streams(result), "", *attention_summary(result)])
 
 
-def end_to_end(result: dict[str, Any]) -> str:
-    lines = [
-        conditions(result),
-        "",
-        "| | ms a step (20–80 %) | tokens/s |",
-        "|---|---|---|",
-    ]
-    for name, t in result["seconds_per_step"].items():
-        spread = f"{t['median'] * 1e3:.1f} ({t['p20'] * 1e3:.1f}–{t['p80'] * 1e3:.1f})"
-        lines.append(f"| {name} | {spread} | {result['tokens_per_s'][name]:.1f} |")
-    lines += [
-        "",
-        f"{result['threads']} threads over {result['prefix']} tokens of {result['model']}: "
-        f"**{result['throughput_over_stock']:.2f}** times stock's throughput (goal: 1.5). "
-        f"One branch: **{result['serial_time_over_stock']:.2f}** of stock's time (goal: ≤ 1.05).",
-    ]
-    return "\n".join(lines)
-
-
 def fill(text: str, name: str, body: str) -> str:
     """Replaces what stands between the two markers of that name."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -167,7 +148,6 @@ def main() -> None:
     renders = {
         "cpu_attention": attention,
         "cpu_attention_zen4": other_machine,
-        "cpu_end_to_end": end_to_end,
     }
     for name, render in renders.items():
         text = fill(text, name, render(json.loads((RESULTS / f"{name}.json").read_text())))

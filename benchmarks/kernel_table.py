@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fork_attn.kernels.launch import Body, choose_body, constants
+from fork_attn.kernels.bodies import (
+    APART_WARPS,
+    Body,
+    choose_body,
+    constants,
+    invariant_rows,
+    merge_constants,
+)
+from fork_attn.kernels.merge import merge_kernel
 from fork_attn.kernels.tree_attention import tree_attention_kernel
 from fork_attn.testing.triton_compile import Compiled, compile_kernel
 
@@ -39,6 +47,8 @@ class Case:
     page_size: int = 16
     tma: bool = False
     extras: bool = False  # window, softcap and sinks
+    apart: bool = False  # merged in a launch of its own
+    invariant: bool = False  # batch-invariant
 
     @property
     def kv_dtype(self) -> str:
@@ -47,7 +57,8 @@ class Case:
     @property
     def body(self) -> Body:
         sizes = (BYTES[self.dtype], BYTES[self.kv_dtype])
-        return choose_body(self.rows, *self.dims, *sizes, self.sm)
+        rows = invariant_rows(self.sm) if self.invariant else self.rows
+        return choose_body(rows, *self.dims, *sizes, self.sm)
 
     @property
     def name(self) -> str:
@@ -56,6 +67,8 @@ class Case:
         more = ", descriptors" if self.tma else ""
         more += ", window, softcap, sinks" if self.extras else ""
         more += "" if self.group == 4 else f", group {self.group}"
+        more += ", batch-invariant" if self.invariant else ""
+        more += ", merged apart" if self.apart and not self.invariant else ""
         return f"{self.dtype}{kv}, {dims}{more}"
 
 
@@ -69,6 +82,13 @@ CASES = [
     Case(90, 128, dims=(192, 128)),
     Case(90, 128, dims=(256, 256)),
     Case(90, 16, dtype="fp32"),
+    Case(80, 64, apart=True),
+    Case(90, 128, apart=True),
+    *(Case(sm, 128, invariant=True) for sm in (80, 90, 100)),
+    Case(90, 128, kv="fp8e4nv", invariant=True),
+    Case(90, 128, group=2, extras=True, invariant=True),
+    Case(90, 128, dims=(192, 128), invariant=True),
+    Case(90, 16, dtype="fp32", invariant=True),
 ]  # fmt: skip
 
 
@@ -94,6 +114,8 @@ def compile_case(case: Case) -> Compiled:
         tma=case.tma,
         fp32=case.dtype == "fp32",
         sm=case.sm,
+        merge="apart" if case.apart or case.invariant else "inside",
+        batch_invariant=case.invariant,
     )
     types = POINTERS | {"q": dtype, "k_cache": kv, "v_cache": kv, "out": dtype}
     types |= {"softmax_scale": "fp32", "softcap": "fp32"}
@@ -120,6 +142,26 @@ def compile_case(case: Case) -> Compiled:
         aligned=[*aligned, "q_row", "q_head"],
         num_warps=body.warps,
         num_stages=body.stages,
+        fuse=not case.invariant,
+    )
+
+
+def compile_merge(sm: int, head_dim_v: int = 128, invariant: bool = False) -> Compiled:
+    """The kernel that merges in a launch of its own, for bf16."""
+    values = merge_constants(4 * KV_HEADS, head_dim_v, True, invariant)
+    types = POINTERS | {"out": "*bf16", "sinks": "*fp32"}
+    signature = {
+        name: "constexpr" if name in values else types[name] for name in merge_kernel.arg_names
+    }
+    pointers = [name for name in signature if name in types]
+    return compile_kernel(
+        merge_kernel,
+        signature,
+        values,
+        sm,
+        aligned=pointers,
+        num_warps=APART_WARPS,
+        fuse=not invariant,
     )
 
 

@@ -178,7 +178,7 @@ def row(name: str, text: str, heads: str, plan: Plan) -> dict[str, str]:
         "work_for_all": int(share >= 4 * costs["item_ns"]),
         "predicted_us": f"{plan.work[0]:.2f}",
         "memory_floor_us": f"{plan.unique_kv_bytes / costs['bytes_per_ns'] / workers / 1000:.2f}",
-        "compute_floor_us": f"{plan.flops / costs['flops_per_ns'] / workers / 1000:.2f}",
+        "compute_floor_us": f"{plan.flops / costs['flops_per_ns_128'] / workers / 1000:.2f}",
     }
     return {key: str(value) for key, value in values.items()}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import report_plots
+import report_reasoning
 import report_tables
 import simulation
 
@@ -32,7 +33,7 @@ def load(prefix: str) -> list[Result]:
 
 def files() -> dict[Path, str]:
     """Everything that this program writes, as it should be."""
-    suites, models = load("suite"), load("end_to_end")
+    suites, models, threads = load("suite"), load("end_to_end"), load("reasoning")
     wanted = {ASSETS / name: svg for name, svg in report_plots.pictures(suites, models).items()}
     wanted |= {ASSETS / name: svg for name, svg in simulation.pictures(suites).items()}
     shown = sorted(path.name for path in wanted)
@@ -43,6 +44,7 @@ def files() -> dict[Path, str]:
             "pictures": lambda: report_plots.markdown(shown),
             "memory": lambda: report_tables.memory(suites),
             "end to end": lambda: report_tables.end_to_end(models),
+            "reasoning": lambda: report_reasoning.reasoning(threads),
         },
         ROOT / "docs/simulation.md": {
             "checks": lambda: simulation.checks_table(suites),

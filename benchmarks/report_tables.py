@@ -7,7 +7,14 @@ from typing import Any
 
 from report_plots import main_rows, setting
 
-from fork_attn.bench.results import best_rival, geomean, of_limit, ours, over_best_rival
+from fork_attn.bench.results import (
+    best_rival,
+    geomean,
+    of_limit,
+    ours,
+    over_best_rival,
+    over_half_kv,
+)
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -146,6 +153,8 @@ def _table(rows: list[Row], rivals: list[str], layers: int, graph: bool) -> list
     columns += ["graph µs"] if graph else []
     columns += ["plan µs", f"step of {layers} µs", "limit µs", "of limit", "best rival ×"]
     columns += [f"{name} ×" for name in rivals]
+    fp8 = any(over_half_kv(r) is not None for r in rows)
+    columns += ["bf16 K and V ×"] if fp8 else []
     lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "--:|" * (len(columns) - 2)]
     for row in rows:
         own = ours(row, "cold")
@@ -159,7 +168,8 @@ def _table(rows: list[Row], rivals: list[str], layers: int, graph: bool) -> list
         cells += [f"{row['limit_seconds'] * 1e6:.0f} {row['limit_by']}", f"{of_limit(row):.2f}"]
         best = over_best_rival(row)
         cells.append("–" if best is None else f"**{best:.2f}**")
-        cells += ["–" if (v := _over(row, n)) is None else f"{v:.2f}" for n in rivals]
+        some = [*(_over(row, n) for n in rivals), *([over_half_kv(row)] if fp8 else [])]
+        cells += ["–" if v is None else f"{v:.2f}" for v in some]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

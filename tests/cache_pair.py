@@ -73,7 +73,7 @@ class CachePair:
         """Fills slots, (num_pages, page_size) bool, with NaN in all layers."""
         for layer in range(len(self.model.windows)):
             for cache in self.cache.layer(layer):
-                cache[slots] = torch.nan
+                cache[slots.to(cache.device)] = torch.nan
 
     def check(self) -> None:
         """The cache equals the oracle; slots that nobody sees are poisoned."""
@@ -157,7 +157,8 @@ class CachePair:
         for layer in range(len(self.model.windows)):
             wanted = self.table.kv(layer, [t.identity for t in tokens])
             for i, cache in enumerate(self.cache.layer(layer)):
-                got, want = cache[at // size, at % size], wanted[i]
+                where = at.to(cache.device)
+                got, want = cache[where // size, where % size].cpu(), wanted[i]
                 turned = copied if i == 0 else torch.zeros_like(copied)
                 same = got[~turned].view(bits), want[~turned].view(bits)
                 assert torch.equal(*same), "a token's bytes changed"
@@ -290,7 +291,7 @@ class CachePair:
         """Writes the rows' K and V in all layers."""
         identities = [t.identity for new in rows.values() for t in new.tokens]
         for layer in range(len(self.model.windows)):
-            k, v = self.table.kv(layer, identities)
+            k, v = (x.to(self.cache.device) for x in self.table.kv(layer, identities))
             torch.ops.fork_attn.store_kv(k, v, *self.cache.layer(layer), step.slot_mapping)
 
     def attend(self, rows: Mapping[int, Rows], step: Step, **options: Any) -> None:
@@ -305,7 +306,8 @@ class CachePair:
         for layer, window in enumerate(m.windows):
             q = torch.randn(len(identities), m.num_q_heads, m.head_dim, generator=noise).to(m.dtype)
             k, v = self.table.kv(layer, identities)
-            out = self.cache.attend(layer, q, k, v, step, **options)
+            inputs = (x.to(self.cache.device) for x in (q, k, v))
+            out = self.cache.attend(layer, *inputs, step, **options).cpu()
             want, _ = self.oracle.attend(rows, layer, q, window=window, **options)
             same, _ = self.oracle.attend(rows, layer, q, window=window, dtype=m.dtype, **options)
             assert out.dtype == m.dtype

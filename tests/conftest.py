@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# What was measured on this machine must not change what tests see.
+os.environ["FORK_ATTN_COSTS"] = "datasheet"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torch-seed", type=int, help="repeat a run's random tensors")

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from fork_attn import hf
-from fork_attn.reason import Limits, Protocol, Trace, get_protocol
+from fork_attn.reason import Limits, Protocol, Speculation, Trace, get_protocol
 from fork_attn.reason.job import Finished, Job
 
 CHARACTERS = string.ascii_letters + string.digits + " .,:;!?()+-*/=<>#[]{}|'\"_@&%^\n"
@@ -208,12 +208,16 @@ def run_forced(
     samplers: Forced | list[Forced],
     *,
     limits: Limits | None = None,
+    speculation: Speculation | None = None,
     **options: Any,
 ) -> list[Trace]:
     """Runs prompts with forced tokens, one sampler a prompt; checks that all pages come back."""
     cache = hf.attach(model, **{"num_pages": 256, "page_size": 4, **options})
     forced = samplers if isinstance(samplers, list) else [samplers]
-    job = Job(model, tokenizer, prompts, protocol, cache, GenerationConfig(), limits, 0)
+    job = Job(
+        model, tokenizer, prompts, protocol, cache, GenerationConfig(), limits, 0,
+        speculation=speculation,
+    )  # fmt: skip
     job.samplers = forced
     done = {e.prompt: e.trace for e in job.events(tokens=False) if isinstance(e, Finished)}
     assert cache.stats().pages_live == 0 and cache.stats().branches == 0

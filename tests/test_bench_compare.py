@@ -64,6 +64,20 @@ def test_noise_is_allowed_for() -> None:
     assert not compare.compare(noisy, result()).changes[0].regressed
 
 
+def test_the_mean_of_few_noisy_cases_is_allowed_their_noise() -> None:
+    now, then = result(fork_attn_cpu=1.15), result()
+    for row in now["cases"]:
+        row["ways"]["fork_attn_cpu"]["cold"]["p20"] *= 0.8
+    del now["cases"][1:]
+    alone = compare.compare(now, then)
+    assert alone.overall < 1 / OVERALL and not alone.regressed
+    # Noise of its own does not hide what all of many cases say.
+    many = copy.deepcopy(now)
+    many["cases"] = [{**now["cases"][0], "id": f"case {i}"} for i in range(40)]
+    then["cases"] = [{**then["cases"][0], "id": f"case {i}"} for i in range(40)]
+    assert compare.compare(many, then).regressed
+
+
 def test_what_cannot_be_compared_is_said() -> None:
     other = result()
     other["machine"]["threads"] = 8
@@ -129,3 +143,7 @@ def test_the_list_names_every_shape_and_way(capsys: pytest.CaptureFixture[str]) 
     assert main(["bench", "--list"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in [*measure.WAYS, *measure.SHAPES])
+    takes = {line.split()[0] for line in shown.splitlines() if " fp8 " in line}
+    rivals = {name for name in takes if not measure.WAYS[name].ours}
+    assert "fork_attn_cpu" in takes
+    assert {name.split("_")[0] for name in rivals} == {"flashinfer", "fork"}

@@ -56,7 +56,7 @@ def test_pictures_are_svg(written: dict[Path, str]) -> None:
 
 
 def test_every_result_has_its_machine_versions_and_commit() -> None:
-    results = report.load("suite") + report.load("end_to_end")
+    results = [r for kind in ("suite", "end_to_end", "reasoning") for r in report.load(kind)]
     assert results
     for result in results:
         machine = result["machine"]

@@ -10,7 +10,7 @@ import fake_rivals
 import pytest
 import torch
 
-from fork_attn.bench import measure, results, way_flash, way_flashinfer, way_torch
+from fork_attn.bench import measure, results, way_flash, way_flashinfer, way_ours, way_torch
 from fork_attn.bench.forest import Forest, Node, Query, sorted_forest, uniform
 from fork_attn.bench.inputs import TOLERANCE, Inputs, Setting
 from fork_attn.bench.paging import Pool, dense_tables
@@ -55,6 +55,62 @@ def test_ways_that_run_on_a_cpu_are_right(name: str, dtype: torch.dtype) -> None
         assert way.held_bytes() >= inputs.unique_bytes
         way.step(3, 2)
         way.close()
+
+
+FP8 = torch.float8_e4m3fn
+
+
+@EVERY_FOREST
+def test_e4m3_is_held_against_the_values_that_it_has(name: str) -> None:
+    inputs = Inputs(FORESTS[name](), setting(FP8))
+    assert inputs.q.dtype == torch.bfloat16 and inputs.slot_bytes == 2 * 2 * 32
+    assert all(torch.equal(x, x.to(FP8).to(x.dtype)) for x in (inputs.k, inputs.v))
+    kinds = [kind for kind in WAYS.values() if kind.name != "flex_attention"]
+    ready, errors, absent = measure.build_ways(inputs, 2, kinds)
+    assert set(ready) == {"fork_attn_cpu", results.HALF_KV}
+    assert absent["sdpa_per_branch"] == "takes K and V in fp32 or bf16 or fp16, not in fp8"
+    assert absent["flashinfer_decode"] == "flashinfer needs a CUDA device"
+    own, half = ready["fork_attn_cpu"], ready[results.HALF_KV]
+    assert isinstance(own, way_ours.Forked) and isinstance(half, way_ours.Forked)
+    assert (own.cache.dtype, half.cache.dtype) == (FP8, torch.bfloat16)
+    assert own.held_bytes() * 2 == half.held_bytes() >= 2 * inputs.unique_bytes
+    for way in ready.values():
+        way.step(3, 2)
+        way.close()
+    # Both are right to bf16's rounding: what e4m3 rounds away is in the exact result too.
+    assert max(errors.values()) < 1e-2
+    assert errors["fork_attn_cpu"] == pytest.approx(errors[results.HALF_KV], abs=4e-3)
+
+
+def test_what_e4m3_rounds_away_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Inputs(FORESTS["one"](), setting(FP8))
+    inputs.v *= 1.06  # no e4m3 values any more: the cache rounds them, the exact result does not
+    with pytest.raises(RuntimeError, match="fork_attn_cpu is wrong by"):
+        measure.build_ways(inputs, 1, [WAYS["fork_attn_cpu"]])
+
+
+def test_rivals_with_e4m3_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = way_flashinfer.DecodePlain
+    monkeypatch.setattr(kind, "module", fake_rivals.flashinfer, raising=False)
+    monkeypatch.setattr(way_flashinfer, "WORKSPACE_BYTES", 16)
+    way = kind(Inputs(FORESTS["shared"](), setting(FP8)))
+    way.build(1)
+    assert way.types() == {"q_data_type": torch.bfloat16, "kv_data_type": FP8}
+    assert {x.dtype for x in way.kv[0]} == {FP8}
+
+
+def test_only_cases_of_e4m3_have_bf16_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "COLD_BYTES", 1)
+    shape = SHAPES["S6"]
+    small = type(shape)("S0", "tiny", FORESTS["shared"], "full")
+    limits: Any = SimpleNamespace(stream={"read": 1e9}, rate=lambda *_: 1e9)
+    for dtype, expected in ((torch.bfloat16, False), (FP8, True)):
+        row = measure.run_case(measure.Case(small, setting(dtype)), limits, 0.01)
+        named = set(row["ways"]) | set(row["absent"])
+        assert (results.HALF_KV in named) == expected
+        assert (results.over_half_kv(row) is not None) == expected
+        assert results.best_rival(row) != results.HALF_KV
+    assert " fp8 " in row["id"]
 
 
 @pytest.mark.parametrize("name", ["nested", "verify"])
@@ -193,6 +249,8 @@ def test_cases_name_what_is_unknown() -> None:
     quick, full = measure.cases(CPU, quick=True), measure.cases(CPU)
     assert 0 < len(quick) < len(full)
     assert {c.shape.family for c in quick} == set("SNUTJR")
+    few = [c for c in full if c.setting.dtype == FP8]
+    assert few and all(c.shape.cpu == "quick" for c in few)
 
 
 # --- running

@@ -3,90 +3,55 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hf_models import build, random_tokens
+from hf_twins import Twins
 
 from fork_attn import PlanCapacityExceeded, StaleBranch, Unsupported, hf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Twins:
-    """The same model twice: one decodes by DecodeGraph, one by `hf.forward`."""
-
-    def __init__(self, name: str, tail: str = "seal", max_width: int = 12) -> None:
-        options = {"num_pages": 200, "page_size": 3, "tail": tail}
-        self.models = [build(name), build(name)]
-        self.caches = [hf.attach(model, **options) for model in self.models]
-        self.graph = hf.DecodeGraph(self.models[0], max_width=max_width, capture=False)
-        self.branches = [[cache.new_branch()] for cache in self.caches]
-        self.tokens = [1]
-        self.total = 0
-
-    def prefill(self, ids: list[int]) -> None:
-        for model, (root, *_) in zip(self.models, self.branches, strict=True):
-            hf.forward(model, {root: ids})
-
-    def decode(self, which: list[int] | None = None) -> None:
-        """One greedy token for some of the branches."""
-        which = list(range(len(self.tokens))) if which is None else which
-        got, want = (
-            run({branches[i]: self.tokens[i] for i in which})
-            for run, branches in zip(
-                (self.graph, lambda t: hf.forward(self.models[1], {b: [x] for b, x in t.items()})),
-                self.branches,
-                strict=True,
-            )
-        )
-        assert got.shape == want.shape
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-        for i, token in zip(which, want.argmax(-1).tolist(), strict=True):
-            self.tokens[i] = token
-        assert got.argmax(-1).tolist() == want.argmax(-1).tolist()
-        self.total += len(which)
-
-    def fork(self, i: int, n: int) -> None:
-        for branches in self.branches:
-            branches += branches[i].fork(n)
-        self.tokens += [(self.tokens[i] + 1 + k) % 30 for k in range(n)]
-
-    def join(self, i: int, children: list[int]) -> None:
-        for branches in self.branches:
-            branches[i].join([branches[c] for c in children])
-        self._drop(children)
-
-    def free(self, which: list[int]) -> None:
-        for cache, branches in zip(self.caches, self.branches, strict=True):
-            cache.free([branches[i] for i in which])
-        self._drop(which)
-
-    def _drop(self, which: list[int]) -> None:
-        for branches in self.branches:
-            branches[:] = [b for i, b in enumerate(branches) if i not in which]
-        self.tokens = [t for i, t in enumerate(self.tokens) if i not in which]
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("tail", ["seal", "copy"])
 def test_decoding_equals_forward_over_forks_joins_and_frees(name: str, tail: str) -> None:
-    twins = Twins(name, tail)
+    Twins(name, tail).live()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_decoding_equals_forward_over_rebased_joins(name: str) -> None:
+    twins = Twins(name)
     twins.prefill(random_tokens(7, seed=1))
-    twins.decode()
     twins.fork(0, 4)
-    for _ in range(4):
+    for _ in range(3):
+        twins.decode()
+    twins.join(0, [1, 2, 3], rebase=True)
+    for _ in range(3):
+        twins.decode()
+    twins.fork(0, 3)
+    twins.decode()
+    twins.join(1, [2, 3], rebase=True)
+    twins.decode()
+    twins.free([1])
+    twins.decode()
+    assert {shifted for _, shifted in twins.graph._runs} == {False, True}
+    for cache in twins.caches:
+        cache.check()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_decoding_equals_forward_while_branches_watch_each_other(name: str, lag: int) -> None:
+    twins = Twins(name)
+    twins.prefill(random_tokens(7, seed=1))
+    twins.fork(0, 3)
+    twins.decode()
+    twins.watch_each_other([1, 2, 3], lag)
+    for _ in range(6):  # what a watch shows grows with each token
         twins.decode()
     twins.decode([1, 3])
-    twins.fork(2, 5)
-    twins.decode()
-    twins.join(0, [1, 2])
-    twins.decode()
-    twins.free([1, 3])
-    twins.decode()
-    twins.decode([2])
-    twins.prefill(random_tokens(5, seed=2))  # an ordinary pass in between
-    for _ in range(4):
+    twins.free([2])
+    for _ in range(2):
         twins.decode()
-    assert twins.total > 50
     for cache in twins.caches:
         cache.check()
 
@@ -109,6 +74,15 @@ def test_what_does_not_fit_is_refused_and_stores_nothing() -> None:
     small = hf.DecodeGraph(model, max_width=4, capture=False, max_plan_bytes=256)
     with pytest.raises(PlanCapacityExceeded, match="bytes of a plan"):
         small({root: 1})
+    assert cache._core.digest() == before
+    few = hf.DecodeGraph(model, max_width=4, capture=False, max_rotations=0)
+    many[0].watch(many[1])
+    hf.forward(model, {many[1]: [5]})
+    before = cache._core.digest()
+    with pytest.raises(
+        PlanCapacityExceeded, match="rotated query rows of a plan: expected at most"
+    ):
+        few({many[0]: 1})
     assert cache._core.digest() == before
     cache.free(many)
     with pytest.raises(StaleBranch):

@@ -18,19 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import from its own line and the lines above it. Subpackages count as their package.
 LAYERS = (
     ("errors", "_env", "_C"),
-    ("checks",),
+    ("checks", "devices"),
     ("kv_library",),
-    ("kv_checks", "quantise"),
+    ("kv_checks", "quantise", "costs"),
     ("plan", "plan_format", "rope"),
-    ("storage", "streams", "staging", "scrub"),
+    ("layers", "storage", "streams", "staging", "scrub", "rotation_buffers"),
     ("kernels",),
     ("ops_cache", "ops_triton", "ops_flash"),
     ("ops", "reference", "reference_cache"),
-    ("render", "branch", "device_step", "step", "cache", "plan_buffers"),
+    ("render", "branch", "books", "device_step", "step", "cache", "plan_buffers"),
     ("",),  # fork_attn/__init__.py, the public names
     ("hf",),
     ("reason",),
-    ("demo", "plan_report", "plan_picture", "plan_command", "reason_command", "bench"),
+    ("demo", "plan_report", "plan_picture", "plan_command", "reason_command", "bench", "calibrate"),
     ("cli", "__main__"),
     ("testing",),  # for tests alone
 )
@@ -42,7 +42,7 @@ ORACLES = ("reference", "reference_cache")
 RESTRICTED = {
     "triton": ("kernels", "testing"),
     "transformers": ("hf", "reason", "demo", "reason_command"),
-    "rich": ("reason", "demo", "plan_command", "reason_command"),
+    "rich": ("reason", "demo", "plan_command", "reason_command", "calibrate"),
     "matplotlib": ("demo", "reason"),
 }
 

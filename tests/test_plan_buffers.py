@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 
 import pytest
 import torch
 from cache_pair import CachePair
+from captured_pair import Captured
 from kv_table import KVTable, Model
 
 import fork_attn as fa
@@ -16,53 +16,9 @@ from fork_attn.plan_buffers import PlanBuffers
 
 MODEL = Model()
 TABLE = KVTable(MODEL)
-WIDTH = 24
-
-
-class Captured:
-    """What a CUDA graph would hold: `attend` of every layer on tensors at fixed addresses."""
-
-    def __init__(self, pair: CachePair, width: int = WIDTH) -> None:
-        m = pair.model
-        self.pair = pair
-        self.buffers = PlanBuffers(pair.cache, max_tokens=width)
-        shapes = (
-            (width, m.num_q_heads, m.head_dim),
-            (width, m.num_kv_heads, m.head_dim),
-            (width, m.num_kv_heads, m.head_dim_v or m.head_dim),
-        )
-        # One input a layer, poisoned where a step is narrower.
-        self.inputs = [[torch.full(s, torch.nan, dtype=m.dtype) for s in shapes] for _ in m.windows]
-        buffers, inputs = self.buffers, self.inputs
-        self.replay = lambda: [buffers.attend(i, *qkv) for i, qkv in enumerate(inputs)]
-
-    def step(
-        self,
-        counts: Mapping[Branch, int | Draft],
-        accept: Mapping[Branch, list[int]] | None = None,
-    ) -> None:
-        """One step by replay, against the oracle; commits."""
-        pair = self.pair
-        step = pair.open(counts)
-        rows = pair.rows(counts, accept)
-        with step:
-            self.buffers.update(step)
-            n = step.num_tokens
-            identities = [t.identity for new in rows.values() for t in new.tokens]
-            for layer, (q, k, v) in enumerate(self.inputs):
-                for x in (q, k, v):
-                    x.fill_(torch.nan)
-                q[:n] = torch.randn(n, *q.shape[1:])
-                k[:n], v[:n] = pair.table.kv(layer, identities)
-            for layer, out in enumerate(self.replay()):
-                window = pair.model.windows[layer]
-                want, _ = pair.oracle.attend(rows, layer, self.inputs[layer][0][:n], window=window)
-                torch.testing.assert_close(out[:n].double(), want, atol=1e-5, rtol=1e-5)
-                assert (out[n:] == 0).all()
-            for branch, path in (accept or {}).items():
-                step.accept(path, branch)
-        pair.oracle.step(rows)
-        pair.check()
+# Layers of one window with and without RoPE share a plan.
+SHIFTED = Model(windows=(None, 5, None))
+SHIFTED_TABLE = KVTable(SHIFTED)
 
 
 def make(num_pages: int = 60, tail: str = "seal", page_size: int = 3) -> CachePair:
@@ -119,6 +75,113 @@ def test_random_steps_and_verbs(tail: str) -> None:
             pair.free(*live[1::2])
             pair.crop(live[0], live[0].length // 2)
     assert captured.buffers.uploads > 20, f"seed {seed}"
+
+
+def make_shifted(num_pages: int = 60, tail: str = "seal") -> CachePair:
+    options = {"page_size": 3, "tail": tail, "table": SHIFTED_TABLE}
+    return CachePair(SHIFTED, num_pages=num_pages, **options)
+
+
+@pytest.mark.parametrize("tail", ["seal", "copy"])
+def test_one_call_serves_contexts_that_were_joined_end_to_end(tail: str) -> None:
+    pair = make_shifted(tail=tail)
+    captured = Captured(pair)
+    root = pair.new_branch()
+    captured.step({root: 7})
+    kids = pair.fork(root, 4)
+    captured.step({kid: 2 + i for i, kid in enumerate(kids)})
+    assert not captured.buffers.shifted
+    pair.join(root, kids[:3], rebase=True)
+    captured.step({root: 3, kids[3]: 1})
+    assert captured.buffers.shifted
+    more = pair.fork(root, 4)
+    captured.step(dict.fromkeys(more, 5))  # many rotated rows
+    captured.step({more[0]: 1})  # few: none of the step before may linger
+    captured.step({kids[3]: 2})
+    assert not captured.buffers.shifted
+    pair.join(more[0], more[1:3], rebase=True)
+    captured.step({more[3]: Draft([-1, 0, 0]), more[0]: 1}, {more[3]: [0, 2]})
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_one_call_serves_branches_that_watch_each_other(lag: int) -> None:
+    pair = make_shifted(90)
+    captured = Captured(pair)
+    root = pair.new_branch()
+    captured.step({root: 7})
+    workers = pair.fork(root, 3)
+    for worker in workers:
+        for other in workers:
+            if other is not worker:
+                pair.watch(worker, other, lag=lag)
+    places = None
+    for i in range(8):  # all shifts grow with each step
+        captured.step({worker: 1 + (i + j) % 2 for j, worker in enumerate(workers)})
+        assert captured.buffers.shifted
+        here = {key: [t.data_ptr() for t in tables] for key, tables in captured.tables().items()}
+        places = places or here
+        assert here == places
+    captured.step({workers[1]: 2})
+    pair.free(workers[2])
+    captured.step(dict.fromkeys(workers[:2], 1))
+
+
+@pytest.mark.parametrize("tail", ["seal", "copy"])
+def test_random_steps_and_shifts(tail: str) -> None:
+    seed = int(torch.randint(2**31, ()))
+    rng = random.Random(seed)
+    pair = make_shifted(60, tail)
+    captured = Captured(pair)
+    pair.new_branch()
+    shifted = 0
+    for _ in range(100):
+        live = list(pair.ids)
+        some = rng.sample(live, rng.randint(1, min(4, len(live))))
+        verb = rng.choice(["step", "step", "step", "fork", "join", "watch", "free"])
+        try:
+            if verb == "step":
+                captured.step({b: rng.randint(1, 3) for b in some})
+                shifted += captured.buffers.shifted
+            elif verb == "fork" and len(live) < 6:
+                pair.fork(some[0], rng.randint(1, 3))
+            elif verb == "join" and len(some) > 1 and not watched(pair, some):
+                pair.join(some[0], some[1:], rebase=True)
+            elif verb == "watch" and len(some) > 1 and not pair.watches(some[0], some[1]):
+                pair.watch(some[0], some[1], rng.randint(0, 1))
+            elif verb == "free" and len(live) > len(some):
+                pair.free(*some)
+        except OutOfPages:
+            pair.free(*live[1:])
+    assert shifted > 5, f"seed {seed}"
+
+
+def watched(pair: CachePair, branches: list[Branch]) -> bool:
+    """Whether some branch watches one of these, or one of these watches at all."""
+    return any(
+        pair.watches(a, b) or pair.watches(b, a) for a in pair.ids for b in branches if a is not b
+    )
+
+
+def test_more_rotated_rows_than_there_is_room_for_are_refused() -> None:
+    pair = make_shifted()
+    root = pair.new_branch()
+    pair.step({root: 4}, attend=True)
+    kids = pair.fork(root, 3)
+    pair.step(dict.fromkeys(kids, 2), attend=True)
+    pair.join(root, kids, rebase=True)
+    captured = Captured(pair)
+    captured.step({root: 1})
+    before = captured.buffers._block.clone()
+    small = PlanBuffers(pair.cache, max_tokens=4, max_rotations=1)
+    want = "rotated query rows of a plan: expected at most 1, got 2"
+    with pair.unchanged(), pair.open({root: 1}) as step:
+        with pytest.raises(PlanCapacityExceeded, match=want):
+            small.update(step)
+        assert torch.equal(captured.buffers._block, before) and not small._block[:32].any()
+        step.rollback()
+    captured.step({root: 2})
+    with pytest.raises(ValueError, match="max_rotations: expected 0"):
+        PlanBuffers(pair.cache, max_tokens=4, max_rotations=-1)
 
 
 def nested_tree(page_size: int, own: int, levels: tuple[int, ...]) -> tuple[fa.ForkedKVCache, list]:

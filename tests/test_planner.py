@@ -330,7 +330,7 @@ def test_spans_cost_what_the_table_says(target: str) -> None:
     ns = []
     for block, run_begin, run_end, _ in s.items.tolist():
         rows = -(-int(s.blocks[block, 1]) * 4 // t["row_quantum"]) * t["row_quantum"]
-        rate = t["flops_per_ns_small"] if rows < 64 else t["flops_per_ns"]
+        rate = t["flops_per_ns_16"] if rows < 64 else t["flops_per_ns_128"]
         compute = (rows + t["load_rows"]) * 512 / rate + rows * t["ns_per_exp"]
         slots = int(s.runs[run_begin:run_end, 4].sum())
         ns.append(t["item_ns"] + slots * max(compute, 512 / t["bytes_per_ns"]))

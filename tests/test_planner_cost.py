@@ -46,13 +46,14 @@ class Costs:
     def slot(self, tokens: int) -> float:
         t, dims = self.table, self.shape.head_dim + self.shape.head_dim_v
         rows = -(-tokens * self.group // t["row_quantum"]) * t["row_quantum"]
-        rate = t["flops_per_ns_small"] if rows < 64 else t["flops_per_ns"]
+        tile = next(size for size in (128, 64, 32, 16) if rows >= size or size == 16)
+        rate = t[f"flops_per_ns_{tile}"]
         compute = (rows + t["load_rows"]) * 2 * dims / rate + rows * t["ns_per_exp"]
         return max(compute, dims * self.shape.itemsize / t["bytes_per_ns"])
 
     def item(self, tokens: int, slots: int, *, partial: bool) -> float:
         row_bytes = (self.shape.head_dim_v + 1) * 4
-        merge = 2 * tokens * self.group * row_bytes / self.table["bytes_per_ns"]
+        merge = 2 * tokens * self.group * row_bytes / self.table["partial_bytes_per_ns"]
         return self.table["item_ns"] + slots * self.slot(tokens) + partial * merge
 
 

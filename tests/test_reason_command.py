@@ -66,6 +66,21 @@ def test_the_answer_alone_is_the_same_for_the_same_seed(
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_speculation_changes_no_word(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--model", model_dir, "--protocol", "multiverse", "--max-new-tokens", 30, "Why?")
+    texts = []
+    for more in ((), ("--speculate", "lookup"), ("--speculate", model_dir, "--draft-tokens", 2)):
+        saved = tmp_path / "t.json"
+        assert run("generate", *options, *more, "--answer", "--save", saved) == 0
+        texts.append(capsys.readouterr().out)
+        trace = Trace.load(saved)
+    assert texts[0] == texts[1] == texts[2]
+    assert trace.speculation["num_tokens"] == 2 and trace.drafted_tokens > 0
+    assert run("trace", saved) == 0 and "steps saved" in capsys.readouterr().out
+
+
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", "--list") == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
@@ -79,6 +94,8 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "{dir}", "Why?"], "--protocol: expected one, got none"),
         (["--model", "{dir}", "--protocol", "multiverse"], "prompt: expected one, got none"),
         (["--model", "{dir}", "--protocol", "x", "Why?"], "got 'x'"),
+        (["--model", "{dir}", "--protocol", "dpts", "--draft-tokens", "2", "?"], "--speculate"),
+        (["--model", "{dir}", "--protocol", "dpts", "--speculate", "./no", "?"], "--speculate: ex"),
         (["--model", "./no/such", "--protocol", "multiverse", "Why?"], "no directory"),
         (["--model", "{dir}", "--protocol", "threadweaver", "Why?"], "needs <Outlines>"),
         (["--model", "{dir}", "--protocol", "multiverse", "  "], "prompt: expected some text"),

@@ -145,6 +145,20 @@ def test_every_verb_that_frees_marks_its_pages() -> None:
     assert pages(pair)[2] == sum(pages(pair)) - pages(pair)[0]
 
 
+def test_a_copying_join_takes_pages_that_streams_are_done_with() -> None:
+    pair, stream = with_stream()
+    root = root_of(pair, 4)
+    kids = pair.fork(root, 2)
+    pair.step(dict.fromkeys(kids, 4))
+    pair.free(root_of(pair, 20))
+    with pytest.raises(OutOfPages) as caught:
+        kids[0].join([kids[1]], rebase="copy")
+    assert (caught.value.needed, caught.value.free, caught.value.pending) == (1, 0, 5)
+    stream.finish()
+    pair.join(kids[0], [kids[1]], rebase="copy")
+    pair.check()
+
+
 def test_a_stream_that_is_none_is_refused() -> None:
     cache = ForkedKVCache(num_layers=1, num_pages=4, num_q_heads=1, num_kv_heads=1, head_dim=8)
     with pytest.raises(TypeError, match=r"stream: expected a torch\.cuda\.Stream, got FakeStream"):

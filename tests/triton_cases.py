@@ -26,6 +26,7 @@ class TritonCase(Case):
     v_scale: torch.Tensor | None = None
     rows: int | None = None  # of the output, at least the plan's
     padding: int = 0  # words behind the plan
+    merge: str = "inside"
     workspace: Workspace | None = None
 
     def to(self, x: torch.Tensor | None) -> torch.Tensor | None:
@@ -61,6 +62,7 @@ class TritonCase(Case):
             k_scale=self.to(self.k_scale),
             v_scale=self.to(self.v_scale),
             use_tma=self.use_tma,
+            merge=self.merge,  # type: ignore[arg-type]
         )
         assert not self.workspace.counters.any(), "counters are left at zero"
         return out.cpu(), lse.cpu()

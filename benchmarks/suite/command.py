@@ -15,7 +15,7 @@ import torch
 from fork_attn.bench import compare, measure, results
 from fork_attn.bench.machine import kind, machine
 from fork_attn.bench.shapes import SHAPES, Heads
-from fork_attn.bench.way import WAYS
+from fork_attn.bench.way import DTYPES, WAYS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--shapes", nargs="+", metavar="ID", help="of --list")
     parser.add_argument("--heads", nargs="+", metavar="Q/KVxDIM", help="such as 32/8x128")
-    parser.add_argument("--dtypes", nargs="+", choices=measure.DTYPES, help="of K and V")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="of K and V; fp8 is e4m3")
     parser.add_argument("--page-sizes", nargs="+", type=int, metavar="N")
     parser.add_argument("--ways", nargs="+", metavar="NAME", help="implementations, of --list")
     parser.add_argument(
@@ -128,5 +128,5 @@ def _list() -> int:
     print()
     for name, way in WAYS.items():
         text = " ".join((inspect.getdoc(way) or "").split())
-        print(f"{name:28}{text.split('. ')[0]}")
+        print(f"{name:28}{', '.join(way.dtypes):24}{text.split('. ')[0]}")
     return 0

@@ -12,7 +12,7 @@ from fork_attn.bench.results import geomean, ours
 SLACK = 1.10
 """A ratio may fall by this factor before it counts, beside the spread of the two measurements."""
 OVERALL = 1.05
-"""The geometric mean over all cases may fall by this factor."""
+"""The geometric mean over all cases may fall by this factor, beside its noise."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,15 @@ class Comparison:
         return geomean(change.factor for change in self.changes)
 
     @property
+    def allowed(self) -> float:
+        """The factor by which the geometric mean may fall: the cases' noises are independent."""
+        noises = [math.log(change.allowed / SLACK) for change in self.changes]
+        return OVERALL * math.exp(math.hypot(*noises) / len(noises))
+
+    @property
     def regressed(self) -> bool:
         slower = any(change.regressed for change in self.changes)
-        return slower or self.overall < 1 / OVERALL
+        return slower or self.overall < 1 / self.allowed
 
 
 def compare(now: dict[str, Any], then: dict[str, Any]) -> Comparison:
@@ -117,7 +123,8 @@ def show(found: Comparison) -> list[str]:
             f"{change.factor:8.2f}{1 / change.allowed:9.2f}{mark}"
         )
     verdict = "regressed" if found.regressed else "no regression"
-    lines.append(f"geometric mean of the factors {found.overall:.3f}: {verdict}")
+    mean = f"{found.overall:.3f}, allowed {1 / found.allowed:.3f}"
+    lines.append(f"geometric mean of the factors {mean}: {verdict}")
     if found.missing:
         lines.append(f"not compared: {', '.join(found.missing)}")
     return lines

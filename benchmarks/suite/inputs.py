@@ -21,12 +21,17 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 @dataclass(frozen=True)
 class Setting:
-    """What a shape is measured with."""
+    """What a shape is measured with; `dtype` is that of K and V."""
 
     heads: Heads
     dtype: torch.dtype
     page_size: int
     device: torch.device
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of queries, new K and V, and outputs."""
+        return torch.bfloat16 if self.dtype == torch.float8_e4m3fn else self.dtype
 
 
 class Inputs:
@@ -34,7 +39,8 @@ class Inputs:
 
     Attributes:
         q: (T, q heads, dim).
-        k, v: (N, KV heads, dim), every token once: the nodes' in order, then the new ones' by row.
+        k, v: (N, KV heads, dim) in the queries' dtype, every token once: the nodes' in order, then
+            the new ones' by row. With e4m3 K and V they have values that e4m3 has (scale 1).
         node_begin: first slot of each node; the first new token's slot last.
         shared: layouts that several ways read.
     """
@@ -51,12 +57,12 @@ class Inputs:
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            made = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
-            return made.to(setting.dtype)
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
-        self.q = normal(forest.num_rows, heads.q, heads.dim)
-        self.k = normal(slots, heads.kv, heads.dim)
-        self.v = normal(slots, heads.kv, heads.dim)
+        self.q = normal(forest.num_rows, heads.q, heads.dim).to(setting.row_dtype)
+        self.k, self.v = (
+            normal(slots, heads.kv, heads.dim).to(setting.dtype).to(setting.row_dtype) for _ in "kv"
+        )
 
     @property
     def device(self) -> torch.device:

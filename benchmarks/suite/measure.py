@@ -24,7 +24,7 @@ from fork_attn.bench.machine import Limits, clocks, load_average, machine
 from fork_attn.bench.results import line
 from fork_attn.bench.shapes import HEADS, PAGE_SIZES, SHAPES, Heads, Shape
 from fork_attn.bench.timing import Timer, graphed, in_turn
-from fork_attn.bench.way import WAYS, Absent, Way
+from fork_attn.bench.way import DTYPES, WAYS, Absent, Way
 
 SCHEMA = 1
 COLD_BYTES = 128 << 20
@@ -32,7 +32,6 @@ COLD_BYTES = 128 << 20
 hold. A GPU's L2 is flushed instead."""
 STEP_LAYERS = {"cpu": 4, "cuda": 36}
 GPU_QUICK = ("S1", "S2", "S3", "S6", "N1", "N2", "N4", "U1", "T-8192-8")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,11 @@ class Case:
     @property
     def id(self) -> str:
         s = self.setting
-        dtype = next(name for name, t in DTYPES.items() if t == s.dtype)
-        return f"{self.shape.id} {s.heads} {dtype} page {s.page_size}"
+        return f"{self.shape.id} {s.heads} {_name(s.dtype)} page {s.page_size}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, t in DTYPES.items() if t == dtype)
 
 
 def cases(
@@ -70,7 +72,8 @@ def cases(
     if chosen is None and gpu and quick:
         wanted = [SHAPES[name] for name in GPU_QUICK]
     all_heads = list(heads) if heads is not None else list(HEADS[:1])
-    all_dtypes = list(dtypes) if dtypes is not None else ["bf16"] if gpu else ["bf16", "fp32"]
+    default = ("bf16",) if gpu else ("bf16", "fp32", "fp8")
+    all_dtypes = list(dtypes) if dtypes is not None else list(default)
     sizes = list(page_sizes) if page_sizes is not None else list(PAGE_SIZES[:1])
     return [
         Case(shape, Setting(h, DTYPES[d], size, device))
@@ -78,7 +81,7 @@ def cases(
         for d in all_dtypes
         for size in sizes
         for shape in wanted
-        # On CPUs fp32 in a few shapes, unless asked for.
+        # On CPUs fp32 and fp8 in a few shapes, unless asked for.
         if gpu or dtypes is not None or chosen is not None or d == "bf16" or shape.cpu == "quick"
     ]
 
@@ -90,10 +93,13 @@ def build_ways(
     ready: dict[str, Way] = {}
     errors: dict[str, float] = {}
     absent: dict[str, str] = {}
-    limit = TOLERANCE[inputs.setting.dtype]
+    limit = TOLERANCE[inputs.q.dtype]
+    dtype = _name(inputs.setting.dtype)
     for kind in kinds:
         try:
             kind.available(inputs)
+            if dtype not in kind.dtypes:
+                raise Absent(f"takes K and V in {' or '.join(kind.dtypes)}, not in {dtype}")
             way = kind(inputs)
             way.build(layers)
             way.plan()
@@ -129,6 +135,8 @@ def run_case(
     cpu = setting.device.type == "cpu"
     layers = -(-COLD_BYTES // inputs.unique_bytes) if cpu else 1
     kinds = [kind for name, kind in WAYS.items() if only is None or name in only]
+    # What is there to hold e4m3 against is no rival, and not absent elsewhere.
+    kinds = [k for k in kinds if not k.beside_fp8 or setting.dtype == DTYPES["fp8"]]
     skipped = [k for k in kinds if k.slow_build and not _compiles(case)]
     ways, errors, absent = build_ways(inputs, layers, [k for k in kinds if k not in skipped])
     absent |= {kind.name: "compiled for a few shapes in bf16 only" for kind in skipped}

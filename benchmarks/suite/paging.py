@@ -54,11 +54,12 @@ class Pool:
         device = self.inputs.device
         index, keep = at.flatten().to(device), held.flatten().to(device)[:, None, None]
 
-        def paged(x: Tensor) -> Tensor:
+        def laid(x: Tensor) -> Tensor:
             pages = x[index] * keep
-            return pages.unflatten(0, (self.num_pages, self.size)).contiguous()
+            paged = pages.unflatten(0, (self.num_pages, self.size))
+            return paged.to(self.inputs.setting.dtype).contiguous()
 
-        return paged(self.inputs.k), paged(self.inputs.v)
+        return laid(self.inputs.k), laid(self.inputs.v)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+HALF_KV = "fork_attn_bf16_kv"
+"""Beside cases of e4m3: this package over the same K and V in bf16. No rival."""
+
 
 def ours(row: dict[str, Any], what: str = "step") -> str | None:
     """Our fastest way of a case, by name."""
@@ -21,7 +24,7 @@ def _fastest(row: dict[str, Any], what: str, mine: bool) -> str | None:
     found = {
         name: way[what]["median"]
         for name, way in row["ways"].items()
-        if way["ours"] == mine and what in way
+        if way["ours"] == mine and what in way and (mine or name != HALF_KV)
     }
     return min(found, key=found.__getitem__) if found else None
 
@@ -32,6 +35,14 @@ def over_best_rival(row: dict[str, Any], what: str = "step") -> float | None:
     if own is None or rival is None:
         return None
     return float(row["ways"][rival][what]["median"] / row["ways"][own][what]["median"])
+
+
+def over_half_kv(row: dict[str, Any], what: str = "step") -> float | None:
+    """Our time over K and V in bf16 over that over e4m3; None where the case is not e4m3."""
+    own, half = ours(row, what), row["ways"].get(HALF_KV, {})
+    if own is None or what not in half:
+        return None
+    return float(half[what]["median"] / row["ways"][own][what]["median"])
 
 
 def of_limit(row: dict[str, Any]) -> float | None:
@@ -57,6 +68,8 @@ def line(row: dict[str, Any]) -> str:
         parts.append(f"{limit:5.2f} of {row['limit_by']} limit")
     if rival is not None:
         parts.append(f"step {over_best_rival(row) or 0:5.2f}x {rival}")
+    if (half := over_half_kv(row)) is not None:
+        parts.append(f"step {half:5.2f}x bf16 K and V")
     return "  ".join(parts)
 
 

@@ -12,6 +12,15 @@ from torch import Tensor
 
 from fork_attn.bench.inputs import Inputs
 
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
+"""Of K and V; with fp8 all else is bf16."""
+HALF = ("bf16", "fp16")
+
 
 class Absent(Exception):
     """Why an implementation does not run here, or not on this shape."""
@@ -27,8 +36,14 @@ class Way(ABC):
 
     name: ClassVar[str]
     ours: ClassVar[bool] = False
+    beside_fp8: ClassVar[bool] = False
+    """No rival, but this package over K and V in bf16, where the case's are e4m3."""
+
     shares: ClassVar[bool] = False
     """Whether shared tokens are read once for all queries, not once for each."""
+
+    dtypes: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
+    """Of K and V that it takes, by the names of `DTYPES`."""
 
     slow_build: ClassVar[bool] = False
     """It compiles for seconds: on CPUs it takes part in the quick shapes only."""

@@ -12,19 +12,18 @@ from torch import Tensor
 import fork_attn as fa
 from fork_attn.bench.inputs import Inputs
 from fork_attn.bench.paging import Pool, Table, dense, levels, padded
-from fork_attn.bench.way import Absent, Way, cuda_module, no_draft, register
+from fork_attn.bench.way import HALF, Absent, Way, cuda_module, no_draft, register
 
 
 class Paged(Way):
     """One table per branch; nothing is read once for several."""
 
+    dtypes = HALF
     module: Any
 
     @staticmethod
     def check(inputs: Inputs) -> None:
         no_draft(inputs)
-        if inputs.q.dtype == torch.float32:
-            raise Absent("needs fp16 or bf16")
         if len({q.rows for q in inputs.forest.queries}) != 1:
             raise Absent("branches add different numbers of tokens")
 
@@ -88,6 +87,7 @@ class Flash3Merged(Way):
     `fork_attn.merge_states`."""
 
     name = "flash_attn_3_levels"
+    dtypes = HALF
     shares = True
     module: Any
 
@@ -95,8 +95,6 @@ class Flash3Merged(Way):
     def available(cls, inputs: Inputs) -> None:
         cls.module = cuda_module("flash_attn_interface", inputs)
         no_draft(inputs)
-        if inputs.q.dtype == torch.float32:
-            raise Absent("needs fp16 or bf16")
 
     def build(self, layers: int) -> None:
         inputs = self.inputs

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from fork_attn.bench.inputs import Inputs
 from fork_attn.bench.paging import Pool, Table, dense, levels
-from fork_attn.bench.way import Absent, Way, cuda_module, no_draft, register
+from fork_attn.bench.way import HALF, Absent, Way, cuda_module, no_draft, register
 
 WORKSPACE_BYTES = 256 << 20
 
 
 class FlashInfer(Way):
     has_plan = True
+    dtypes = (*HALF, "fp8")
     module: Any
     pages: int
     kv: list[tuple[Tensor, Tensor]]
@@ -23,8 +24,6 @@ class FlashInfer(Way):
     @classmethod
     def available(cls, inputs: Inputs) -> None:
         cls.module = cuda_module("flashinfer", inputs)
-        if inputs.q.dtype == torch.float32:
-            raise Absent("needs fp16 or bf16")
         no_draft(inputs)
         cls.check(inputs)
 
@@ -34,6 +33,10 @@ class FlashInfer(Way):
 
     def workspace(self) -> Tensor:
         return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.inputs.device)
+
+    def types(self) -> dict[str, torch.dtype]:
+        setting = self.inputs.setting
+        return {"q_data_type": setting.row_dtype, "kv_data_type": setting.dtype}
 
     def sizes(self) -> tuple[int, int, int, int]:
         heads = self.inputs.setting.heads
@@ -70,8 +73,7 @@ class Decode(FlashInfer):
         )
 
     def plan(self) -> None:
-        dtype = self.inputs.q.dtype
-        self.wrapper.plan(*self.arguments, *self.sizes(), q_data_type=dtype, kv_data_type=dtype)
+        self.wrapper.plan(*self.arguments, *self.sizes(), **self.types())
 
     def run(self, layer: int) -> Tensor:
         out: Tensor = self.wrapper.run(self.inputs.q, self.kv[layer])
@@ -121,9 +123,7 @@ class Cascade(FlashInfer):
                 inner._backend = self.forced
 
     def plan(self) -> None:
-        dtype = self.inputs.q.dtype
-        types = {"q_data_type": dtype, "kv_data_type": dtype}
-        self.wrapper.plan(*self.arguments, *self.sizes(), causal=self.causal, **types)
+        self.wrapper.plan(*self.arguments, *self.sizes(), causal=self.causal, **self.types())
 
     def run(self, layer: int) -> Tensor:
         out: Tensor = self.wrapper.run(self.inputs.q, self.kv[layer])
@@ -160,9 +160,8 @@ class Holistic(FlashInfer):
         self.wrapper = self.module.BatchAttention("NHD", str(inputs.device))
 
     def plan(self) -> None:
-        dtype = self.inputs.q.dtype
         causal = any(q.rows > 1 for q in self.inputs.forest.queries)
-        self.wrapper.plan(*self.arguments, causal=causal, q_data_type=dtype, kv_data_type=dtype)
+        self.wrapper.plan(*self.arguments, causal=causal, **self.types())
 
     def run(self, layer: int) -> Tensor:
         out: Tensor = self.wrapper.run(self.inputs.q, self.kv[layer])[0]

@@ -6,19 +6,22 @@ import os
 import random
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 import fork_attn as fa
 from fork_attn import ops
 from fork_attn.bench.grow import grow, pages_of
 from fork_attn.bench.inputs import Inputs
-from fork_attn.bench.way import Absent, Way, need, register
+from fork_attn.bench.results import HALF_KV
+from fork_attn.bench.way import DTYPES, HALF, Absent, Way, need, register
 
 
 class Forked(Way):
     """A ForkedKVCache grown with its verbs; pages lie scattered, as in a pool long in use."""
 
     backend: ClassVar[ops.Backend]
+    dtypes = tuple(DTYPES)
     ours = True
     shares = True
     has_plan = True
@@ -26,7 +29,7 @@ class Forked(Way):
     @classmethod
     def available(cls, inputs: Inputs) -> None:
         backend, device = cls.backend, inputs.device
-        if backend not in ops.AVAILABLE:
+        if backend not in ("auto", *ops.AVAILABLE):
             raise Absent(f"backend {backend!r} is not part of this version")
         try:
             ops.resolve_backend(backend, device)
@@ -48,12 +51,16 @@ class Forked(Way):
                 num_kv_heads=heads.kv,
                 head_dim=heads.dim,
                 page_size=size,
-                dtype=inputs.setting.dtype,
+                dtype=self._kv_dtype(),
                 device=inputs.device,
                 backend=self.backend,
             )
         except fa.ForkAttnError as error:
             raise Absent(str(error)) from error
+        if self.cache.dtype == DTYPES["fp8"]:
+            ones = torch.ones(heads.kv, device=inputs.device)
+            for layer in range(layers):
+                self.cache.set_scales(layer, ones, ones)
         self._scatter(pages)
         begins = inputs.node_begin
         self.tokens = grow(
@@ -63,6 +70,9 @@ class Forked(Way):
         self.new_kv = (inputs.k[first:], inputs.v[first:])
         self.open: fa.Step | None = None
         self._store(self._begin(), first, first + forest.num_rows)
+
+    def _kv_dtype(self) -> torch.dtype:
+        return self.inputs.setting.dtype
 
     def _scatter(self, pages: int) -> None:
         fillers = [self.cache.new_branch() for _ in range(pages)]
@@ -76,8 +86,8 @@ class Forked(Way):
         page, slot = at // self.cache.page_size, at % self.cache.page_size
         for layer in range(self.cache.num_layers):
             k_cache, v_cache = self.cache.layer(layer)
-            k_cache[page, slot] = self.inputs.k[begin:end]
-            v_cache[page, slot] = self.inputs.v[begin:end]
+            k_cache[page, slot] = self.inputs.k[begin:end].to(k_cache.dtype)
+            v_cache[page, slot] = self.inputs.v[begin:end].to(v_cache.dtype)
 
     def _begin(self) -> fa.Step:
         self.close()
@@ -111,7 +121,14 @@ class Forked(Way):
 
 def _declare(kind: ops.Backend) -> type[Way]:
     made: type[Forked] = type(
-        f"Forked_{kind}", (Forked,), {"name": f"fork_attn_{kind}", "backend": kind}
+        f"Forked_{kind}",
+        (Forked,),
+        {
+            "name": f"fork_attn_{kind}",
+            "backend": kind,
+            # flash-attn takes e4m3 only where the queries are e4m3 too.
+            "dtypes": HALF if kind == "flash_attn" else Forked.dtypes,
+        },
     )
     return register(made)
 
@@ -119,3 +136,17 @@ def _declare(kind: ops.Backend) -> type[Way]:
 BACKENDS: tuple[ops.Backend, ...] = ("cpu", "triton", "cuda", "flash_attn")
 for _backend in BACKENDS:
     _declare(_backend)
+
+
+@register
+class ForkedHalf(Forked):
+    """This package over K and V in bf16, beside cases of e4m3: what e4m3 wins or costs in time."""
+
+    name = HALF_KV
+    backend = "auto"
+    ours = False
+    beside_fp8 = True
+    dtypes = ("fp8",)
+
+    def _kv_dtype(self) -> torch.dtype:
+        return self.inputs.setting.row_dtype

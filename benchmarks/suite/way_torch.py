@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fork_attn.bench.inputs import Inputs
 from fork_attn.bench.paging import dense, padded
-from fork_attn.bench.way import Absent, Way, need, no_draft, register
+from fork_attn.bench.way import HALF, Absent, Way, need, no_draft, register
 
 
 class Copied(Way):
@@ -145,6 +145,7 @@ class Varlen(Way):
     """torch.nn.attention.varlen over page tables that share physical pages."""
 
     name = "torch_varlen_paged"
+    dtypes = HALF
 
     @classmethod
     def available(cls, inputs: Inputs) -> None:
@@ -156,8 +157,6 @@ class Varlen(Way):
             raise Absent("torch.nn.attention.varlen needs a CUDA device")
         if "block_table" not in (varlen.varlen_attn.__doc__ or ""):
             raise Absent("this torch's varlen_attn takes no block_table")
-        if inputs.q.dtype == torch.float32:
-            raise Absent("needs fp16 or bf16")
         no_draft(inputs)
 
     def build(self, layers: int) -> None:

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from fork_attn.bench.inputs import Inputs
 from fork_attn.bench.paging import Pool, Table, dense, padded
-from fork_attn.bench.way import Absent, Way, cuda_module, no_draft, register
+from fork_attn.bench.way import HALF, Absent, Way, cuda_module, no_draft, register
 
 
 class Xformers(Way):
     """Physical pages as one long sequence; its GQA takes K and V expanded without a copy to
     (1, slots, KV heads, group, dim)."""
 
+    dtypes = HALF
+
     @classmethod
     def available(cls, inputs: Inputs) -> None:
         cuda_module("xformers.ops.fmha.triton_splitk", inputs)
-        if inputs.q.dtype == torch.float32:
-            raise Absent("needs fp16 or bf16")
         cls.check(inputs)
 
     @classmethod

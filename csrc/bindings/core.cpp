@@ -355,12 +355,51 @@ void bind_plan(py::module_& m) {
     return py::dict(
         py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
         py::arg("spans_per_worker") = t.spans_per_worker, py::arg("bytes_per_ns") = t.bytes_per_ns,
-        py::arg("flops_per_ns_small") = t.flops_per_ns_small,
-        py::arg("flops_per_ns") = t.flops_per_ns, py::arg("row_quantum") = t.row_quantum,
+        py::arg("flops_per_ns_16") = t.flops_per_ns[0],
+        py::arg("flops_per_ns_32") = t.flops_per_ns[1],
+        py::arg("flops_per_ns_64") = t.flops_per_ns[2],
+        py::arg("flops_per_ns_128") = t.flops_per_ns[3], py::arg("row_quantum") = t.row_quantum,
         py::arg("load_rows") = t.load_rows, py::arg("ns_per_exp") = t.ns_per_exp,
         py::arg("item_ns") = t.item_ns, py::arg("tile_slots") = t.tile_slots,
-        py::arg("chunk_slots") = t.chunk_slots, py::arg("gather_slots") = t.gather_slots);
+        py::arg("chunk_slots") = t.chunk_slots, py::arg("gather_slots") = t.gather_slots,
+        py::arg("partial_bytes_per_ns") = t.partial_bytes_per_ns,
+        py::arg("launch_ns") = t.launch_ns);
   });
+  // What is not named stays.
+  m.def("set_target_costs", [](const std::string& name, const py::dict& changes) {
+    TargetCosts t = target_costs(name);
+    const auto integer = [](int32_t& field, py::handle value) { field = value.cast<int32_t>(); };
+    const auto number = [](double& field, py::handle value) { field = value.cast<double>(); };
+    for (const auto& [key, value] : changes) {
+      const auto field = key.cast<std::string>();
+      if (field == "max_rows")
+        integer(t.max_rows, value);
+      else if (field == "bytes_per_ns")
+        number(t.bytes_per_ns, value);
+      else if (field == "flops_per_ns_16")
+        number(t.flops_per_ns[0], value);
+      else if (field == "flops_per_ns_32")
+        number(t.flops_per_ns[1], value);
+      else if (field == "flops_per_ns_64")
+        number(t.flops_per_ns[2], value);
+      else if (field == "flops_per_ns_128")
+        number(t.flops_per_ns[3], value);
+      else if (field == "load_rows")
+        number(t.load_rows, value);
+      else if (field == "ns_per_exp")
+        number(t.ns_per_exp, value);
+      else if (field == "item_ns")
+        number(t.item_ns, value);
+      else if (field == "partial_bytes_per_ns")
+        number(t.partial_bytes_per_ns, value);
+      else if (field == "launch_ns")
+        number(t.launch_ns, value);
+      else
+        fail(ErrorKind::kValue, "costs: expected a cost that can be set, got '" + field + "'");
+    }
+    set_target_costs(t);
+  });
+  m.def("reset_target_costs", [](const std::string& name) { reset_target_costs(name); });
   py::class_<PlanData>(m, "PlanData", py::buffer_protocol())
       .def_buffer([](PlanData& self) {
         return py::buffer_info(self.buffer.data(), static_cast<py::ssize_t>(self.buffer.size()));

@@ -237,7 +237,6 @@ class CacheCore {
   void validate_request(const StepRequest& request, int64_t total) const;
   void lay_out(StepRow& row) noexcept;
   int64_t pages_needed(const StepRow& row) const noexcept;
-  Error out_of_pages(int64_t needed) const;
   void reserve_row(const StepRow& row);
   void collect_origins(const StepRow& row, std::vector<Origin>& out) const;
   void fill_row(StepRow& row) noexcept;

@@ -29,14 +29,8 @@ class Copies {
     }
     for (const Copied& c : segments_) needed += store_.num_page_slots(c.length);
     if (needed > store_.pages.num_free()) {
-      Error e(ErrorKind::kOutOfPages,
-              "join: rebase=\"copy\" needs " + std::to_string(needed) + " pages, " +
-                  std::to_string(store_.pages.num_free()) + " of " +
-                  std::to_string(store_.pages.num_pages()) +
-                  " are free; free or crop branches, or make the cache larger");
-      e.needed = needed;
-      e.free = store_.pages.num_free();
-      throw e;
+      throw out_of_pages(store_.pages, needed, "join: rebase=\"copy\"",
+                         "; call again once they have");
     }
     auto next = store_.pages.free_list().rbegin();
     for (Copied& c : segments_) {

@@ -131,23 +131,6 @@ void CacheCore::fill_row(StepRow& row) noexcept {
   }
 }
 
-Error CacheCore::out_of_pages(int64_t needed) const {
-  const int64_t free = store_.pages.num_free();
-  const int64_t pending = store_.pages.num_pending();
-  std::string what = "step: needs " + std::to_string(needed) + " pages, " + std::to_string(free) +
-                     " of " + std::to_string(store_.pages.num_pages()) + " are free";
-  if (pending != 0) {
-    what += " and " + std::to_string(pending) + " wait for other streams to finish with them";
-  }
-  what += needed <= free + pending ? "; step(..., wait=True) waits for those"
-                                   : "; free or crop branches, or make the cache larger";
-  Error e(ErrorKind::kOutOfPages, what);
-  e.needed = needed;
-  e.free = free;
-  e.pending = pending;
-  return e;
-}
-
 void CacheCore::open_step(std::span<const StepRequest> requests) {
   require_no_step("step");
   if (requests.empty())
@@ -197,7 +180,7 @@ void CacheCore::open_step(std::span<const StepRequest> requests) {
   }
   validate_watches();
   if (needed > store_.pages.num_free()) {
-    throw out_of_pages(needed);
+    throw out_of_pages(store_.pages, needed, "step:", "; step(..., wait=True) waits for those");
   }
   staged_.reserve(requests.size());
   for (const StepRow& row : step_.rows) reserve_row(row);

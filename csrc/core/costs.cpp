@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <deque>
 #include <string>
 
 #include "error.h"
@@ -13,21 +15,113 @@ namespace {
 // A100 SXM: 108 SMs, 2.0 TB/s, 312 TFLOP/s. H200: 132 SMs, 4.8 TB/s, 989 TFLOP/s. B200: 148 SMs, 8
 // TB/s, 2250 TFLOP/s (dense bf16). Small tiles run on mma.sync, taken as 60 % of the rate. exp: 16
 // a clock and SM. The CPU is one AVX-512 core at about 3 GHz, with its share of a server's memory.
-constexpr std::array<TargetCosts, 4> kTargets = {{
-    {"cpu", 0, 128, 4, 10.0, 130.0, 130.0, 1, 2, 0.3, 1000.0, 64, 0, 256},
-    {"sm_80", 108, 128, 1, 18.5, 1730.0, 2890.0, 16, 0, 0.044, 1500.0, 64, 48, 512},
-    {"sm_90", 132, 128, 1, 36.4, 4500.0, 7490.0, 16, 0, 0.036, 1500.0, 64, 48, 512},
-    {"sm_100", 148, 128, 1, 54.0, 9100.0, 15200.0, 16, 0, 0.034, 1500.0, 64, 48, 512},
+constexpr std::array<TargetCosts, 4> kDatasheet = {{
+    {"cpu", 0, 128, 4, 10.0, {130.0, 130.0, 130.0, 130.0}, 1, 2, 0.3, 1000.0, 64, 0, 256, 10.0, 0},
+    {"sm_80",
+     108,
+     128,
+     1,
+     18.5,
+     {1730, 1730, 2890, 2890},
+     16,
+     0,
+     0.044,
+     1500,
+     64,
+     48,
+     512,
+     18.5,
+     0},
+    {"sm_90",
+     132,
+     128,
+     1,
+     36.4,
+     {4500, 4500, 7490, 7490},
+     16,
+     0,
+     0.036,
+     1500,
+     64,
+     48,
+     512,
+     36.4,
+     0},
+    {"sm_100",
+     148,
+     128,
+     1,
+     54.0,
+     {9100, 9100, 15200, 15200},
+     16,
+     0,
+     0.034,
+     1500,
+     64,
+     48,
+     512,
+     54.0,
+     0},
 }};
 
-}  // namespace
-
-const TargetCosts& target_costs(std::string_view name) {
-  for (const TargetCosts& t : kTargets) {
-    if (name == t.name) return t;
+std::size_t index_of(std::string_view name) {
+  for (std::size_t i = 0; i < kDatasheet.size(); ++i) {
+    if (name == kDatasheet[i].name) return i;
   }
   fail(ErrorKind::kValue,
        "target: expected cpu, sm_80, sm_90 or sm_100, got '" + std::string(name) + "'");
+}
+
+// Choices are remembered by the table that they were made with, so tables are kept and never
+// written to.
+std::deque<TargetCosts> kept;
+std::array<const TargetCosts*, kDatasheet.size()> current = {&kDatasheet[0], &kDatasheet[1],
+                                                             &kDatasheet[2], &kDatasheet[3]};
+
+void require(bool ok, const char* field, const char* expected, double got) {
+  if (ok) return;
+  fail(ErrorKind::kValue,
+       std::string(field) + ": expected " + expected + ", got " + std::to_string(got));
+}
+
+void check(const TargetCosts& t) {
+  const auto positive = [](const char* field, double x) {
+    require(std::isfinite(x) && x > 0, field, "a number above 0", x);
+  };
+  const auto at_least_0 = [](const char* field, double x) {
+    require(std::isfinite(x) && x >= 0, field, "a number of at least 0", x);
+  };
+  positive("max_rows", t.max_rows);
+  positive("spans_per_worker", t.spans_per_worker);
+  positive("row_quantum", t.row_quantum);
+  positive("tile_slots", t.tile_slots);
+  positive("chunk_slots", t.chunk_slots);
+  at_least_0("gather_slots", t.gather_slots);
+  at_least_0("workers", t.workers);
+  positive("bytes_per_ns", t.bytes_per_ns);
+  for (const double rate : t.flops_per_ns) positive("flops_per_ns", rate);
+  at_least_0("load_rows", t.load_rows);
+  at_least_0("ns_per_exp", t.ns_per_exp);
+  positive("item_ns", t.item_ns);
+  positive("partial_bytes_per_ns", t.partial_bytes_per_ns);
+  at_least_0("launch_ns", t.launch_ns);
+}
+
+}  // namespace
+
+const TargetCosts& target_costs(std::string_view name) { return *current[index_of(name)]; }
+
+void set_target_costs(const TargetCosts& costs) {
+  const std::size_t i = index_of(costs.name);
+  check(costs);
+  kept.push_back(costs);
+  kept.back().name = kDatasheet[i].name;
+  current[i] = &kept.back();
+}
+
+void reset_target_costs(std::string_view name) {
+  const std::size_t i = index_of(name);
+  current[i] = &kDatasheet[i];
 }
 
 namespace {
@@ -36,8 +130,9 @@ double slot_ns(const TargetCosts& target, const LayerShape& shape, int64_t token
   const int64_t quantum = target.row_quantum;
   const int64_t padded = (tokens * shape.group + quantum - 1) / quantum * quantum;
   const double flops = 2.0 * (shape.head_dim + shape.head_dim_v);
-  const double rate = padded < 64 ? target.flops_per_ns_small : target.flops_per_ns;
-  const double compute = static_cast<double>(padded + target.load_rows) * flops / rate +
+  const std::size_t size = padded < 32 ? 0 : padded < 64 ? 1 : padded < 128 ? 2 : 3;
+  const double rate = target.flops_per_ns[size];
+  const double compute = (static_cast<double>(padded) + target.load_rows) * flops / rate +
                          static_cast<double>(padded) * target.ns_per_exp;
   const double bytes = static_cast<double>(shape.head_dim + shape.head_dim_v) * shape.itemsize;
   return std::max(compute, bytes / target.bytes_per_ns);
@@ -50,7 +145,7 @@ CostModel::CostModel(const TargetCosts& target, const LayerShape& shape) : targe
     slot_[tokens] = slot_ns(target, shape, tokens);
   }
   const auto row_bytes = static_cast<double>((shape.head_dim_v + 1) * sizeof(float));
-  partial_ = 2.0 * shape.group * row_bytes / target.bytes_per_ns;
+  partial_ = 2.0 * shape.group * row_bytes / target.partial_bytes_per_ns;
 }
 
 }  // namespace fork_attn

@@ -1,5 +1,5 @@
-// What work costs on a target, as far as the planner needs to know. One table, from datasheets
-// until calibrated.
+// What work costs on a target, as far as the planner needs to know: from datasheets, or as measured
+// by `fork-attn calibrate`.
 #pragma once
 
 #include <array>
@@ -17,20 +17,30 @@ struct TargetCosts {
   int32_t spans_per_worker;  // equal pieces to aim at: 1 where workers run in step, more where they
                              // drift
   double bytes_per_ns;       // memory bandwidth of one worker when all stream
-  double flops_per_ns_small;  // one worker's rate on tiles below 64 rows
-  double flops_per_ns;        // and from 64 rows on
-  int32_t row_quantum;        // rows are padded to a multiple of this
-  int32_t load_rows;   // reading a slot into the core costs as much arithmetic as this many rows
-  double ns_per_exp;   // per score
-  double item_ns;      // fixed cost of a work item
-  int32_t tile_slots;  // items are cut at multiples of this
+  // One worker's rate on tiles below 32 rows, and from 32, 64 and 128 rows on.
+  std::array<double, 4> flops_per_ns;
+  int32_t row_quantum;  // rows are padded to a multiple of this
+  double load_rows;     // reading a slot into the core costs as much arithmetic as this many rows
+  double ns_per_exp;    // per score
+  double item_ns;       // fixed cost of a work item
+  int32_t tile_slots;   // items are cut at multiples of this
   int32_t
       gather_slots;     // pieces and ends of runs up to this long share tiles; 0: kernels see to it
   int32_t chunk_slots;  // batch-invariant plans cut contexts at multiples of this: whole tiles
+  double partial_bytes_per_ns;  // a worker's rate of writing partial rows and reading them back
+  double launch_ns;             // of a call, whatever it holds; no choice depends on it
 };
 
-// "cpu", "sm_80", "sm_90", "sm_100"; kValue for any other.
+// "cpu", "sm_80", "sm_90", "sm_100"; kValue for any other. What comes back never changes and lives
+// as long as the process: other costs are another table.
 const TargetCosts& target_costs(std::string_view name);
+
+// From now on `target_costs` gives these for their name. kValue for an unknown name, rates and
+// sizes that are not positive, or costs that are negative, by the name of the field.
+void set_target_costs(const TargetCosts& costs);
+
+// Back to the datasheet's.
+void reset_target_costs(std::string_view name);
 
 // The shape of one layer, all heads alike.
 struct LayerShape {

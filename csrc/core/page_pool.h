@@ -5,7 +5,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
+#include <utility>
 #include <vector>
+
+#include "error.h"
 
 namespace fork_attn {
 
@@ -107,5 +111,24 @@ class PagePool {
   bool reporting_ = false;
   int32_t limit_ = 0;
 };
+
+// What a verb throws that needs more pages than are free. `remedy` is what would help where pending
+// pages would do.
+inline Error out_of_pages(const PagePool& pages, int64_t needed, const std::string& verb,
+                          const char* remedy) {
+  const int64_t free = pages.num_free();
+  const int64_t pending = pages.num_pending();
+  std::string what = verb + " needs " + std::to_string(needed) + " pages, " + std::to_string(free) +
+                     " of " + std::to_string(pages.num_pages()) + " are free";
+  if (pending != 0) {
+    what += " and " + std::to_string(pending) + " wait for other streams to finish with them";
+  }
+  what += needed <= free + pending ? remedy : "; free or crop branches, or make the cache larger";
+  Error e(ErrorKind::kOutOfPages, std::move(what));
+  e.needed = needed;
+  e.free = free;
+  e.pending = pending;
+  return e;
+}
 
 }  // namespace fork_attn

@@ -77,8 +77,9 @@ struct PlanHeader {
   int32_t off_rotations;
   int32_t num_gather;
   int32_t off_gather;
-  int32_t tile_slots;  // of a batch-invariant plan: every run begins a tile of so many; else 0
-  int32_t reserved[14];
+  int32_t tile_slots;      // of a batch-invariant plan: every run begins a tile of so many; else 0
+  int32_t max_merge_rows;  // partial rows of the tokens of one block, at most
+  int32_t reserved[13];
 };
 static_assert(sizeof(PlanHeader) == 192);
 

@@ -300,8 +300,15 @@ void Planner::serialise(PlanData& out) const {
   h.window = request_.window;
   h.page_limit = core_->store().pages.limit();
   h.tile_slots = request_.batch_invariant ? request_.target->tile_slots : 0;
-  for (const PlanBlock& b : blocks_)
+  for (const PlanBlock& b : blocks_) {
     h.max_block_tokens = std::max(h.max_block_tokens, b.num_tokens);
+    int32_t merged = 0;
+    for (int32_t t = 0; t < b.num_tokens; ++t) {
+      const int32_t row = tokens_[b.token_begin + t];
+      merged += merge_indptr_[row + 1] - merge_indptr_[row];
+    }
+    h.max_merge_rows = std::max(h.max_merge_rows, merged);
+  }
 
   std::vector<int32_t> pages;
   pages.reserve(h.num_pages);

@@ -14,9 +14,10 @@ struct StridedRows {
   FORK_ATTN_INLINE const float* row(int k) const { return base + k * stride; }
 };
 
+template <class T>
 struct ScatteredRows {
-  const float* const* rows;
-  FORK_ATTN_INLINE const float* row(int k) const { return rows[k]; }
+  const void* const* rows;
+  FORK_ATTN_INLINE const T* row(int k) const { return static_cast<const T*>(rows[k]); }
 };
 
 // Rows that the next tile needs: pages lie anywhere, so the processor cannot guess them. They are
@@ -53,7 +54,7 @@ template <class Rows>
 struct AskingRows {
   Rows rows;
   NextRows* next;
-  FORK_ATTN_INLINE const float* row(int k) const {
+  FORK_ATTN_INLINE auto row(int k) const {
     next->ask();
     return rows.row(k);
   }
@@ -74,10 +75,10 @@ void multiply_block(const float* a, int64_t a_stride, Rows b, int column, int de
                     int64_t c_stride, const float* decay) {
   VecF sum[kRows][kVectors] = {};
   for (int k = 0; k < depth; ++k) {
-    const float* row = b.row(k) + column;
+    const auto* row = b.row(k) + column;
     VecF right[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) right[v] = load(row + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) right[v] = load_as_float(row + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const VecF left = broadcast(a[i * a_stride + k]);
@@ -151,12 +152,13 @@ void multiply(const float* a, int64_t a_stride, int num_rows, Rows b, int depth,
 
 // Writes rows [0, count) of k, each `width` floats, as columns of out (width x kTileSlots). Columns
 // up to the next multiple of kLanes become copies of the last row.
-void transpose_rows(const float* const* k, int count, int width, float* out) {
+void transpose_rows(ScatteredRows<float> k, int count, int width, float* out) {
   for (int n = 0; n < count; n += kLanes) {
     for (int d = 0; d < width; d += kLanes) {
       VecF block[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(k[n + i < count ? n + i : count - 1] + d);
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = load(k.row(n + i < count ? n + i : count - 1) + d);
       transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(out + (d + i) * kTileSlots + n, block[i]);
@@ -168,18 +170,18 @@ void transpose_rows(const float* const* k, int count, int width, float* out) {
 constexpr int kDotSums = kLanes == 4 ? 2 : 1;
 
 // scores[i][n] = q[i] . k[n] for kRows rows of q, kLanes / kRows slots at a time.
-template <int kRows>
-void dot_block(const float* q, int width, const float* const* k, int count, float* scores,
+template <int kRows, class T>
+void dot_block(const float* q, int width, ScatteredRows<T> k, int count, float* scores,
                NextRows& next) {
   constexpr int kSlots = kLanes / kRows;
   for (int n = 0; n < (count + kLanes - 1) / kLanes * kLanes; n += kSlots) {
-    const float* rows[kSlots];
-    for (int i = 0; i < kSlots; ++i) rows[i] = k[n + i < count ? n + i : count - 1];
+    const T* rows[kSlots];
+    for (int i = 0; i < kSlots; ++i) rows[i] = k.row(n + i < count ? n + i : count - 1);
     VecF sum[kDotSums][kLanes] = {};
     const auto add = [&](int d, VecF* to) {
       VecF right[kSlots];
 #pragma GCC unroll 16
-      for (int i = 0; i < kSlots; ++i) right[i] = load(rows[i] + d);
+      for (int i = 0; i < kSlots; ++i) right[i] = load_as_float(rows[i] + d);
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m) {
         const VecF left = load(q + m * width + d);
@@ -212,7 +214,8 @@ inline int dot_steps(int num_rows, int width, int count) {
 
 // scores[i][n] = q[i] . k[n], by dot products: for few rows cheaper than transposing k. Columns
 // past `count` as above.
-void dot_products(const float* q, int num_rows, int width, const float* const* k, int count,
+template <class T>
+void dot_products(const float* q, int num_rows, int width, ScatteredRows<T> k, int count,
                   float* scores, NextRows next) {
   int m = 0;
   const auto block = [&](auto rows) {

@@ -15,6 +15,9 @@ namespace {
 
 // Up to here dot products cost less than transposing the K tile.
 constexpr int kDotRows = kLanes / 2;
+// Up to here 16-bit rows are widened as they are multiplied, once or twice; more rows take them
+// from a widened copy.
+constexpr int kRowsInPlace = 4;
 
 // Rows of 16-bit or odd-sized elements become rows of `width` floats, zeros past `dim`.
 template <class T>
@@ -27,7 +30,7 @@ FORK_ATTN_INLINE void widen_row(const T* from, int dim, int width, float* to) {
 
 template <class T>
 void widen_rows(const void* const* from, int count, int dim, int width, float* scratch,
-                const float** to) {
+                const void** to) {
   for (int i = 0; i < count; ++i) {
     float* row = scratch + i * width;
     widen_row(static_cast<const T*>(from[i]), dim, width, row);
@@ -140,17 +143,13 @@ class UnitRunner {
     }
   }
 
-  // K and V of the tile as rows of floats: in place where that is what memory holds.
-  void prepare_rows(const Tile& tile) {
-    if (std::is_same_v<KV, float> && p_.head_dim == width_) {
-      for (int n = 0; n < tile.count; ++n) k_[n] = static_cast<const float*>(tile.k[n]);
+  // Rows of K or V as floats: in place where that is what memory holds.
+  void prepare_rows(const void* const* from, int count, int dim, int width, float* scratch,
+                    const void** to) {
+    if (std::is_same_v<KV, float> && dim == width) {
+      std::memcpy(to, from, count * sizeof(*to));
     } else {
-      widen_rows<KV>(tile.k, tile.count, p_.head_dim, width_, k_rows_, k_);
-    }
-    if (std::is_same_v<KV, float> && p_.head_dim_v == width_v_) {
-      for (int n = 0; n < tile.count; ++n) v_[n] = static_cast<const float*>(tile.v[n]);
-    } else {
-      widen_rows<KV>(tile.v, tile.count, p_.head_dim_v, width_v_, v_rows_, v_);
+      widen_rows<KV>(from, count, dim, width, scratch, to);
     }
   }
 
@@ -168,39 +167,55 @@ class UnitRunner {
       seen_[t] = seen;
     }
     for (int n = 0; n < tile.count && !isolate_; ++n) {
-      isolate_ = tile.words[n] != block && !all_finite(v_[n], width_v_);
+      isolate_ = tile.words[n] != block && !all_finite(static_cast<const float*>(v_[n]), width_v_);
     }
   }
 
   void attend_tile(const Tile& tile, const Tile& next) {
-    prepare_rows(tile);
-    prepare_masks(tile);
     const bool dot = num_rows_ <= kDotRows && !invariant_;  // the two round differently
-    if (!dot) transpose_rows(k_, tile.count, width_, k_columns_);
+    const bool in_place = !std::is_same_v<KV, float> && num_rows_ <= kRowsInPlace &&
+                          tile.seen_by_all == low_bits(block_.num_tokens);
+    const bool k_in_place = in_place && dot && p_.head_dim == width_;
+    const bool v_in_place = in_place && p_.head_dim_v == width_v_;
+    if (!k_in_place) prepare_rows(tile.k, tile.count, p_.head_dim, width_, k_rows_, k_);
+    if (!v_in_place) prepare_rows(tile.v, tile.count, p_.head_dim_v, width_v_, v_rows_, v_);
+    prepare_masks(tile);
+    if (!dot) transpose_rows({k_}, tile.count, width_, k_columns_);
     const int num_vectors = (tile.count + kLanes - 1) / kLanes;
     for (int row = 0; row < num_rows_; row += kChunkRows) {
       const int rows = num_rows_ - row < kChunkRows ? num_rows_ - row : kChunkRows;
       const float* q = q_ + row * width_;
       const int coming = row == 0 ? next.count : 0;
+      const std::size_t k_bytes = p_.head_dim * sizeof(KV);
       if (dot) {
-        dot_products(q, rows, width_, k_, tile.count, scores_,
-                     NextRows(next.k, coming, p_.head_dim * sizeof(KV),
-                              dot_steps(rows, width_, tile.count)));
+        const NextRows keys(next.k, coming, k_bytes, dot_steps(rows, width_, tile.count));
+        if (k_in_place) {
+          dot_products<KV>(q, rows, width_, {tile.k}, tile.count, scores_, keys);
+        } else {
+          dot_products<float>(q, rows, width_, {k_}, tile.count, scores_, keys);
+        }
       } else {
-        NextRows keys(next.k, coming, p_.head_dim * sizeof(KV),
-                      rows_taken(rows, width_, num_vectors));
+        NextRows keys(next.k, coming, k_bytes, rows_taken(rows, width_, num_vectors));
         multiply_keys(q, rows, num_vectors, keys);
       }
       softmax(row, rows, num_vectors);
-      if (isolate_) {
-        add_isolated(row, rows);
-        continue;
-      }
       NextRows values(next.v, coming, p_.head_dim_v * sizeof(KV),
                       rows_taken(rows, tile.count, width_v_ / kLanes));
-      multiply(scores_, kTileSlots, rows, AskingRows<ScatteredRows>{{v_}, &values}, tile.count,
-               width_v_ / kLanes, out_ + row * width_v_, width_v_, decay_);
+      if (isolate_) {
+        add_isolated(row, rows);
+      } else if (v_in_place) {
+        add_values<KV>(tile.v, tile.count, row, rows, values);
+      } else {
+        add_values<float>(v_, tile.count, row, rows, values);
+      }
     }
+  }
+
+  // P V.
+  template <class Element>
+  void add_values(const void* const* v, int count, int row, int rows, NextRows& next) {
+    multiply(scores_, kTileSlots, rows, AskingRows<ScatteredRows<Element>>{{v}, &next}, count,
+             width_v_ / kLanes, out_ + row * width_v_, width_v_, decay_);
   }
 
   // Q K^T, a few columns of Q at a time: that part of K stays in the L1 cache, and long dot
@@ -267,7 +282,7 @@ class UnitRunner {
   // overflow would spread to the others of the block.
   void add_isolated(int row, int rows) {
     float probability[kTileSlots];
-    const float* v[kTileSlots];
+    const void* v[kTileSlots];
     for (int i = 0; i < rows; ++i) {
       int count = 0;
       for (uint64_t rest = seen_[(row + i) / group_]; rest != 0; rest &= rest - 1) {
@@ -275,7 +290,7 @@ class UnitRunner {
         probability[count] = scores_[i * kTileSlots + n];
         v[count++] = v_[n];
       }
-      multiply(probability, kTileSlots, 1, ScatteredRows{v}, count, width_v_ / kLanes,
+      multiply(probability, kTileSlots, 1, ScatteredRows<float>{v}, count, width_v_ / kLanes,
                out_ + (row + i) * width_v_, width_v_, decay_ + i);
     }
   }
@@ -318,8 +333,8 @@ class UnitRunner {
   float *q_, *out_, *max_, *sum_, *decay_, *scores_, *k_rows_, *k_columns_, *v_rows_;
   float *folded_, *folded_lse_;  // batch-invariant plans: the chunks before this one
   bool invariant_;
-  const float* k_[kTileSlots];
-  const float* v_[kTileSlots];
+  const void* k_[kTileSlots];
+  const void* v_[kTileSlots];
   uint64_t seen_[kMaxBlockTokens];
   float ones_[kChunkRows];
   bool isolate_;

@@ -1,4 +1,4 @@
-"""Chooses the body of the tree attention kernel for a plan, and launches it."""
+"""Launches the tree attention kernel over a plan."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from typing import Any
 import torch
 
 from fork_attn.errors import Unsupported
+from fork_attn.kernels.bodies import (
+    APART_ROWS,
+    APART_WARPS,
+    Body,
+    Merge,
+    choose_body,
+    constants,
+    invariant_rows,
+    invariant_tokens,
+    merge_constants,
+    padded,
+)
+from fork_attn.kernels.merge import merge_kernel
 from fork_attn.kernels.tree_attention import tree_attention_kernel
 
 MAX_HEAD_DIM = 256
 FP8 = torch.float8_e4m3fn
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@dataclass(frozen=True)
-class Body:
-    """How one compiled kernel tiles its work."""
-
-    rows: int  # query rows (tokens x group) of a tile
-    slots: int  # KV slots of a tile
-    warps: int
-    stages: int  # tiles of K and V in flight
 
 
 @dataclass(frozen=True)
@@ -52,43 +55,6 @@ class Workspace:
             torch.empty(rows, dtype=torch.float32, device=device),
             torch.zeros((num_tokens, num_kv_heads), dtype=torch.int32, device=device),
         )
-
-
-def choose_body(
-    rows: int, head_dim: int, head_dim_v: int, itemsize: int, kv_itemsize: int, sm: int
-) -> Body:
-    """The body for row blocks of up to `rows` rows (tokens x group).
-
-    The least of 16, 32, 64 and 128 rows that holds a block, so that K and V are read once. Where
-    registers do not allow that, the block takes several passes: fp32 (no tensor cores at full
-    precision) above 16 rows, heads above 128 at 128 rows. Tiles of 128 rows take 8 warps; so do
-    64 rows of heads above 128 and, for its registers, on sm_100. Tiles have 64 slots, 32 for fp32
-    and, for heads above 128, on sm_80, whose shared memory two stages of 64 do not fit.
-
-    Args:
-        itemsize: bytes of an element of q.
-        kv_itemsize: bytes of an element of K and V.
-        sm: compute capability, 80, 90, ...
-    """
-    widest = max(head_dim, head_dim_v)
-    most = 128
-    if itemsize == 4:
-        most = 16
-    elif widest > 128:
-        most = 64
-    tile = next(size for size in (16, 32, 64, 128) if size >= min(rows, most))
-    warps = 8 if tile == 128 or (tile == 64 and (widest > 128 or sm >= 100)) else 4
-    slots = 32 if itemsize == 4 or (widest > 128 and sm < 90) else 64
-    stage = slots * (padded(head_dim) + padded(head_dim_v)) * kv_itemsize
-    budget = 160 * 1024 if sm < 90 else 220 * 1024
-    fixed = tile * padded(head_dim) * itemsize + tile * slots * itemsize
-    stages = max(1, min(3, (budget - fixed) // stage))
-    return Body(tile, slots, warps, stages)
-
-
-def padded(dim: int) -> int:
-    """The tile width of a head dimension: a power of two, at least 16."""
-    return max(16, 1 << (dim - 1).bit_length())
 
 
 def tma_applies(k_cache: torch.Tensor, v_cache: torch.Tensor, body: Body, sm: int) -> bool:
@@ -169,8 +135,10 @@ def tree_attention(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     use_tma: bool | None = None,
+    merge: Merge = "inside",
+    batch_invariant: bool = False,
 ) -> None:
-    """One launch: attention over a plan, partial results merged inside.
+    """Attention over a plan, partial results merged in the same launch or in one behind it.
 
     Args:
         q: (rows, num_q_heads, head_dim); the step's rows, then those that the plan's rotations add.
@@ -188,6 +156,10 @@ def tree_attention(
         sinks: (num_q_heads,) fp32 or None.
         k_scale, v_scale: (num_kv_heads,) fp32 factors of K and V, or None.
         use_tma: load whole tiles by descriptors; None: where that applies (`tma_applies`).
+        merge: the last program to arrive merges ("inside"), or a launch of its own ("apart"; see
+            `choose_merge`); "none": the plan has no partial rows.
+        batch_invariant: the plan is, and a row's bits are to be: one body whatever the plan holds,
+            and no multiplication fused with an addition behind the kernel's back.
 
     Raises:
         Unsupported: see `check_supported`.
@@ -198,10 +170,11 @@ def tree_attention(
         raise ValueError("out, lse: expected contiguous tensors")
     check_supported(q.device, q.dtype, k_cache.dtype, (head_dim, head_dim_v))
     sm = compute_capability(q.device)
-    body = choose_body(
-        max_block_tokens * group, head_dim, head_dim_v, q.element_size(), k_cache.element_size(), sm
-    )
-    applies = tma_applies(k_cache, v_cache, body, sm)
+    if batch_invariant:
+        max_block_tokens = invariant_tokens(group, max_block_tokens)
+    rows = invariant_rows(sm) if batch_invariant else max_block_tokens * group
+    body = choose_body(rows, head_dim, head_dim_v, q.element_size(), k_cache.element_size(), sm)
+    applies = not batch_invariant and tma_applies(k_cache, v_cache, body, sm)
     if use_tma and not applies:
         raise ValueError("use_tma: descriptors cannot load these tensors (see tma_applies)")
     tma = applies if use_tma is None else use_tma
@@ -226,6 +199,7 @@ def tree_attention(
         softmax_scale,
         softcap,
         num_warps=body.warps,
+        enable_fp_fusion=not batch_invariant,
         **constants(
             body,
             num_kv_heads=k_cache.shape[2],
@@ -244,55 +218,23 @@ def tree_attention(
             tma=tma,
             fp32=q.dtype == torch.float32,
             sm=sm,
+            merge=merge,
+            batch_invariant=batch_invariant,
         ),
     )
-
-
-def constants(
-    body: Body,
-    *,
-    num_kv_heads: int,
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-    group: int,
-    page_size: int,
-    head_dim: int,
-    head_dim_v: int,
-    max_block_tokens: int,
-    window: bool,
-    softcap: bool,
-    sinks: bool,
-    k_scale: bool,
-    v_scale: bool,
-    tma: bool,
-    fp32: bool,
-    sm: int,
-) -> dict[str, Any]:
-    """The kernel's compile-time arguments; strides are those of page, slot and head."""
-    return {
-        "NUM_KV_HEADS": num_kv_heads,
-        "K_STRIDES": tuple(k_strides),
-        "V_STRIDES": tuple(v_strides),
-        "GROUP": group,
-        "PAGE_SIZE": page_size,
-        "D": head_dim,
-        "DV": head_dim_v,
-        "BLOCK_D": padded(head_dim),
-        "BLOCK_DV": padded(head_dim_v),
-        "BLOCK_M": body.rows,
-        "BLOCK_N": body.slots,
-        "BLOCK_T": 32 if max_block_tokens <= 32 else 64,
-        "WIDE": max_block_tokens > 32,
-        "HAS_WINDOW": window,
-        "HAS_SOFTCAP": softcap,
-        "HAS_SINKS": sinks,
-        "HAS_K_SCALE": k_scale,
-        "HAS_V_SCALE": v_scale,
-        "TMA": tma,
-        "STAGES": body.stages,
-        "PRECISION": "ieee" if fp32 else "tf32",
-        "CALLS": sm < 100,  # Triton 3.6 cannot call functions that use tensor memory
-    }
+    if merge == "apart":
+        num_q_heads = group * k_cache.shape[2]
+        merge_kernel[(-(-out.shape[0] * num_q_heads // APART_ROWS),)](
+            plan,
+            out,
+            lse,
+            workspace.partial_out,
+            workspace.partial_lse,
+            sinks,
+            num_warps=APART_WARPS,
+            enable_fp_fusion=not batch_invariant,
+            **merge_constants(num_q_heads, head_dim_v, sinks is not None, batch_invariant),
+        )
 
 
 def _descriptor(cache: torch.Tensor, body: Body) -> Any:

@@ -26,6 +26,7 @@ WINDOW = tl.constexpr(2)
 PER_SLOT = tl.constexpr(4)
 GATHER = tl.constexpr(8)
 RUN_INTS = tl.constexpr(10)
+RUN_CHUNK = tl.constexpr(9)
 
 
 @triton.jit

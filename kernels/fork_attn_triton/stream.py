@@ -41,12 +41,13 @@ def stream(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, ISOLATE: tl.constexpr,
+    IN_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one tile of rows over an item's runs: (top, total, acc).
+    """Attention of one tile of rows over runs: (top, total, acc).
 
-    Of each run first the tiles that all tokens see whole, without a mask, then the others. With
-    ISOLATE, V rows that hold Inf or NaN never meet a row that does not see them; rows that do
-    become NaN.
+    Of each run first the tiles that all tokens see whole, without a mask, then the others; with
+    IN_ORDER all tiles one after another, by the same instructions whoever sees them. With ISOLATE,
+    V rows that hold Inf or NaN never meet a row that does not see them; rows that do become NaN.
     """
     runs = section(plan32, OFF_RUNS)
     words = section(plan32, OFF_WORDS)
@@ -97,7 +98,7 @@ def stream(
         full = seen_by_all & (worded == 0) & (full_end > full_begin)
         full_begin = tl.where(full, full_begin, 0)
         full_end = tl.where(full, full_end, 0)
-        if ISOLATE:
+        if ISOLATE or IN_ORDER:
             full_begin = 0
             full_end = 0
         else:

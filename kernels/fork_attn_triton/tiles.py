@@ -57,6 +57,40 @@ def add_state(state_out, state_top, top, total, acc):
 
 
 @triton.jit
+def fold_state(out, lse, next_out, next_lse):
+    """Adds a normalised state to another: out (rows, dim) with natural-log lse (rows,).
+
+    An empty one (lse -inf) changes nothing, not even the sign of a zero. Batch-invariant plans fold
+    chunks by this alone, whether they meet in an item or in merging, so that both round alike.
+    """
+    top = tl.maximum(lse, next_lse)
+    origin = tl.where(top == -float("inf"), 0.0, top)
+    kept = tl.exp2((lse - origin) * LOG2E)
+    added = tl.exp2((next_lse - origin) * LOG2E)
+    total = kept + added
+    first = lse == -float("inf")
+    alone = first | (next_lse == -float("inf"))
+    total = tl.where(alone, 1.0, total)
+    folded = out * (kept / total)[:, None] + next_out * (added / total)[:, None]
+    either = tl.where(first[:, None], next_out, out)
+    folded = tl.where(alone[:, None], either, folded)
+    return folded, tl.where(alone, top, top + tl.log2(total) * LN2)
+
+
+@triton.jit
+def end_state(lse, sink, HAS_SINKS: tl.constexpr):
+    """As `end_rows`, of rows that are normalised already."""
+    factor = tl.full(lse.shape, 1.0, tl.float32)
+    if HAS_SINKS:
+        high = tl.maximum(lse, sink)
+        keep = tl.exp2((lse - high) * LOG2E)
+        total = keep + tl.exp2((sink - high) * LOG2E)
+        factor = keep / total
+        lse = high + tl.log2(total) * LN2
+    return factor, lse
+
+
+@triton.jit
 def end_rows(top, total, sink, HAS_SINKS: tl.constexpr):
     """What to multiply the sums by, and the natural-log LSE. A sink joins the sum alone.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fork_attn.kernels.chunks import stream_chunks
 from fork_attn.kernels.partials import arrive, merge_partials, write_rows
 from fork_attn.kernels.plan_fields import (
     NUM_SPANS,
@@ -22,7 +23,7 @@ from fork_attn.kernels.plan_fields import (
     section,
 )
 from fork_attn.kernels.stream import stream
-from fork_attn.kernels.tiles import end_rows
+from fork_attn.kernels.tiles import end_rows, end_state
 
 
 @triton.jit
@@ -36,6 +37,7 @@ def _serve(
     WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ISOLATE: tl.constexpr,
+    INVARIANT: tl.constexpr,
 ):  # fmt: skip
     """Rows [first, first + BLOCK_M) of an item, from queries to output or partial rows.
 
@@ -65,25 +67,40 @@ def _serve(
         where = section(plan32, OFF_POSITIONS) + token_begin + t
         positions = tl.load(where, mask=ok, other=0)
         max_position = tl.max(positions, 0)
-    top, total, acc = stream(
-        q_tile, bit_low, bit_high, t, positions, num_tokens, max_position, head,
-        run_begin, run_end, plan32, pages, k_cache, v_cache, k_desc, v_desc, scale, softcap,
-        K_STRIDES, V_STRIDES, PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, WIDE,
-        HAS_WINDOW, HAS_SOFTCAP, TMA, STAGES, PRECISION, ISOLATE,
-    )  # fmt: skip
-    if partial_begin >= 0:
-        factor, row_lse = end_rows(top, total, top, False)
-        at = (partial_begin + t).to(tl.int64) * NUM_Q_HEADS + head_q
-        write_rows(partial_out, partial_lse, at, acc, factor * value_scale, row_lse, ok,
-                    DV, BLOCK_DV)  # fmt: skip
+    if INVARIANT:
+        acc, state_lse = stream_chunks(
+            q_tile, bit_low, bit_high, t, positions, num_tokens, max_position, head,
+            run_begin, run_end, plan32, pages, k_cache, v_cache, scale, value_scale, softcap,
+            K_STRIDES, V_STRIDES, PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, WIDE,
+            HAS_WINDOW, HAS_SOFTCAP, STAGES, PRECISION, ISOLATE,
+        )  # fmt: skip
     else:
-        sink = top
+        top, total, acc = stream(
+            q_tile, bit_low, bit_high, t, positions, num_tokens, max_position, head,
+            run_begin, run_end, plan32, pages, k_cache, v_cache, k_desc, v_desc, scale, softcap,
+            K_STRIDES, V_STRIDES, PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, WIDE,
+            HAS_WINDOW, HAS_SOFTCAP, TMA, STAGES, PRECISION, ISOLATE, False,
+        )  # fmt: skip
+    if partial_begin >= 0:
+        if INVARIANT:
+            factor, row_lse = end_state(state_lse, state_lse, False)
+        else:
+            factor, row_lse = end_rows(top, total, top, False)
+            factor = factor * value_scale
+        at = (partial_begin + t).to(tl.int64) * NUM_Q_HEADS + head_q
+        write_rows(partial_out, partial_lse, at, acc, factor, row_lse, ok, DV, BLOCK_DV)
+    else:
+        sink = 0.0
         if HAS_SINKS:
             sink = tl.load(sinks + head_q)
-        factor, row_lse = end_rows(top, total, sink, HAS_SINKS)
+        if INVARIANT:
+            factor, row_lse = end_state(state_lse, sink, HAS_SINKS)
+        else:
+            factor, row_lse = end_rows(top, total, sink, HAS_SINKS)
+            factor = factor * value_scale
         row = tl.load(section(plan32, OFF_TOKENS) + token_begin + t, mask=ok, other=0)
         at = row.to(tl.int64) * NUM_Q_HEADS + head_q
-        write_rows(out, lse, at, acc, factor * value_scale, row_lse, ok, DV, BLOCK_DV)
+        write_rows(out, lse, at, acc, factor, row_lse, ok, DV, BLOCK_DV)
     return tl.max(tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1, 1), 0)
 
 
@@ -94,20 +111,43 @@ def _serve_isolated(
     sinks, k_scale, v_scale, q_row, q_head, softmax_scale, softcap,
     NUM_KV_HEADS: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
     GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr,
+    HAS_V_SCALE: tl.constexpr, PRECISION: tl.constexpr, INVARIANT: tl.constexpr,
 ):  # fmt: skip
-    """`_serve` again, slowly, with ISOLATE."""
-    _serve(
-        first, head, token_begin, num_tokens, run_begin, run_end, partial_begin,
-        q, k_cache, v_cache, None, None, plan32, pages, out, lse, partial_out, partial_lse,
-        sinks, k_scale, v_scale, q_row, q_head, softmax_scale, softcap,
-        NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP, PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV,
-        BLOCK_M, 16, WIDE, HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE,
-        HAS_V_SCALE, False, 1, PRECISION, True,
-    )  # fmt: skip
+    """`_serve` of ROWS rows again, slowly, with ISOLATE."""
+    for begin in range(first, tl.minimum(first + ROWS, num_tokens * GROUP), BLOCK_M):
+        _serve(
+            begin, head, token_begin, num_tokens, run_begin, run_end, partial_begin,
+            q, k_cache, v_cache, None, None, plan32, pages, out, lse, partial_out, partial_lse,
+            sinks, k_scale, v_scale, q_row, q_head, softmax_scale, softcap,
+            NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP, PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV,
+            BLOCK_M, BLOCK_N, WIDE, HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE,
+            HAS_V_SCALE, False, 1, PRECISION, True, INVARIANT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merge_item(
+    tokens, num_tokens, head, plan32, out, lse, partial_out, partial_lse, counters, sinks,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, ROWS: tl.constexpr, HAS_SINKS: tl.constexpr, INVARIANT: tl.constexpr,
+):  # fmt: skip
+    """An item's arrival; if it was the last of some tokens, their merging, ROWS rows at a time."""
+    last = arrive(tokens, num_tokens, head, plan32, counters, NUM_KV_HEADS, BLOCK_T)
+    if tl.max(last, 0) != 0:
+        for first in range(0, num_tokens * GROUP, ROWS):
+            m = first + tl.arange(0, ROWS)
+            t = m // GROUP
+            ok = t < num_tokens
+            mine = tl.gather(last, tl.minimum(t, BLOCK_T - 1), 0) != 0
+            token = tl.load(tokens + t, mask=ok, other=0)
+            merge_partials(
+                token, head * GROUP + m % GROUP, ok & mine, plan32, out, lse, partial_out,
+                partial_lse, sinks, NUM_KV_HEADS * GROUP, DV, BLOCK_DV, ROWS, 4, HAS_SINKS,
+                INVARIANT,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -120,7 +160,7 @@ def tree_attention_kernel(
     BLOCK_T: tl.constexpr, WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr,
     HAS_V_SCALE: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    CALLS: tl.constexpr,
+    CALLS: tl.constexpr, INVARIANT: tl.constexpr, MERGE: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """See `launch.tree_attention`, which says what the arguments are."""
     program = tl.program_id(0)
@@ -130,7 +170,9 @@ def tree_attention_kernel(
     spans = section(plan32, OFF_SPANS)
     num_spans = tl.load(plan32 + NUM_SPANS)
     NUM_Q_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    m = tl.arange(0, BLOCK_M)
+    # Where a result is not finite, small tiles do; batch-invariant launches keep to theirs.
+    SLOW_ROWS: tl.constexpr = BLOCK_M if INVARIANT else 16
+    SLOW_SLOTS: tl.constexpr = BLOCK_N if INVARIANT else 16
     for unit in range(program, num_spans * NUM_KV_HEADS, tl.num_programs(0)):
         head = unit // num_spans
         span = unit % num_spans
@@ -149,7 +191,7 @@ def tree_attention_kernel(
                     partial_lse, sinks, k_scale, v_scale, q_row, q_head, softmax_scale, softcap,
                     NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP, PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV,
                     BLOCK_M, BLOCK_N, WIDE, HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE,
-                    HAS_V_SCALE, TMA, STAGES, PRECISION, False,
+                    HAS_V_SCALE, TMA, STAGES, PRECISION, False, INVARIANT,
                 )  # fmt: skip
                 if broken != 0:
                     if CALLS:
@@ -158,8 +200,9 @@ def tree_attention_kernel(
                             partial_begin, q, k_cache, v_cache, plan32, pages, out, lse,
                             partial_out, partial_lse, sinks, k_scale, v_scale, q_row, q_head,
                             softmax_scale, softcap, NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP,
-                            PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, WIDE, HAS_WINDOW,
-                            HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, PRECISION,
+                            PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, SLOW_ROWS, SLOW_SLOTS, BLOCK_M,
+                            WIDE, HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE,
+                            PRECISION, INVARIANT,
                         )  # fmt: skip
                     else:
                         _serve(
@@ -167,23 +210,17 @@ def tree_attention_kernel(
                             partial_begin, q, k_cache, v_cache, None, None, plan32, pages, out,
                             lse, partial_out, partial_lse, sinks, k_scale, v_scale, q_row, q_head,
                             softmax_scale, softcap, NUM_KV_HEADS, K_STRIDES, V_STRIDES, GROUP,
-                            PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, 16, WIDE, HAS_WINDOW,
-                            HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, False, 1, PRECISION,
-                            True,
+                            PAGE_SIZE, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SLOW_SLOTS, WIDE,
+                            HAS_WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, False, 1,
+                            PRECISION, True, INVARIANT,
                         )  # fmt: skip
-            if partial_begin >= 0:
-                last = arrive(tokens, num_tokens, head, plan32, counters, NUM_KV_HEADS, BLOCK_T)
-                if tl.max(last, 0) != 0:
-                    for first in range(0, num_tokens * GROUP, BLOCK_M):
-                        t = (first + m) // GROUP
-                        ok = t < num_tokens
-                        mine = tl.gather(last, tl.minimum(t, BLOCK_T - 1), 0) != 0
-                        token = tl.load(tokens + t, mask=ok, other=0)
-                        merge_partials(
-                            token, head * GROUP + (first + m) % GROUP, ok & mine, plan32, out, lse,
-                            partial_out, partial_lse, sinks, NUM_Q_HEADS, DV, BLOCK_DV, BLOCK_M,
-                            HAS_SINKS,
-                        )  # fmt: skip
+            if MERGE:  # noqa: SIM102, known when compiled
+                if partial_begin >= 0:
+                    _merge_item(
+                        tokens, num_tokens, head, plan32, out, lse, partial_out, partial_lse,
+                        counters, sinks, NUM_KV_HEADS, GROUP, DV, BLOCK_DV, BLOCK_T, MERGE_ROWS,
+                        HAS_SINKS, INVARIANT,
+                    )  # fmt: skip
     # Rows past the plan's (a captured step is as wide as it may become) see nothing.
     dv = tl.arange(0, BLOCK_DV)
     for row in range(tl.load(plan32 + NUM_TOKENS) + program, num_rows, tl.num_programs(0)):

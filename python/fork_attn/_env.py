@@ -3,6 +3,9 @@
 | variable | meaning |
 |---|---|
 | `FORK_ATTN_BACKEND` | what `backend="auto"` means: `cpu`, `triton`, `flash_attn` or `reference` |
+| `FORK_ATTN_COSTS` | the planner's costs: a file that `fork-attn calibrate` wrote, or \
+`datasheet`; unset: the file in the user's cache directory, if it was measured on this machine, \
+else datasheet figures. Read once, when a cache or a plan is first made |
 | `FORK_ATTN_DEBUG` | `poison`: K and V in slots that no branch sees are NaN, so that a wrong read \
 shows; slow. Read when a cache is made |
 | `FORK_ATTN_ZERO_ON_FREE` | `1`: pages are overwritten with zeros before they can be reused. Read \
@@ -17,6 +20,11 @@ import os
 def default_backend() -> str:
     """The backend that "auto" stands for, or "auto" when the variable is unset."""
     return os.environ.get("FORK_ATTN_BACKEND", "auto") or "auto"
+
+
+def costs() -> str:
+    """A file of measured costs, "datasheet", or "" when the variable is unset."""
+    return os.environ.get("FORK_ATTN_COSTS", "")
 
 
 def poison() -> bool:

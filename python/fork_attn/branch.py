@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from fork_attn.checks import integer
+from fork_attn.errors import ForeignBranch
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -53,7 +53,7 @@ class Branch:
     def __del__(self) -> None:
         cache = getattr(self, "cache", None)
         if cache is not None:
-            cache._drop(self._handle)
+            cache._books.drop(self._handle)
 
     def __repr__(self) -> str:
         if not self.alive:
@@ -90,7 +90,7 @@ class Branch:
 
     @position.setter
     def position(self, value: int) -> None:
-        self.cache._verb().set_position(self._handle, integer("position", value, low=0))
+        self.cache._books.verb().set_position(self._handle, integer("position", value, low=0))
 
     @property
     def positions(self) -> torch.Tensor:
@@ -106,8 +106,8 @@ class Branch:
         """
         cache = self.cache
         return [
-            cache._adopt(handle)
-            for handle in cache._verb().fork(self._handle, integer("n", n, low=1))
+            make_branch(cache, handle)
+            for handle in cache._books.verb().fork(self._handle, integer("n", n, low=1))
         ]
 
     def fork_at(self, length: int) -> Branch:
@@ -118,7 +118,9 @@ class Branch:
             ValueError: `length` is not within 0 to this branch's length.
         """
         cache = self.cache
-        return cache._adopt(cache._verb().fork_at(self._handle, integer("length", length, low=0)))
+        return make_branch(
+            cache, cache._books.verb().fork_at(self._handle, integer("length", length, low=0))
+        )
 
     def join(
         self,
@@ -153,7 +155,7 @@ class Branch:
             DuplicateBranch, ForeignBranch, StaleBranch: what their names say of a child.
         """
         cache = self.cache
-        handles = cache._handles("children", children)
+        handles = handles_of(cache, "children", children)
         if rebase not in (False, True, "copy"):
             raise ValueError(f"rebase: expected False, True or 'copy', got {rebase!r}")
         if isinstance(position, str) and position not in ("max", "sum"):
@@ -163,9 +165,12 @@ class Branch:
             cache._require_ropes("join(rebase=...)")
         copy = cache._storage.copy_shifted if rebase == "copy" else None
         mode = position if isinstance(position, str) else "given"
-        cache._verb().join(self._handle, handles, mode, given, bool(rebase), copy)
-        cache._forget(handles)
-        cache._freed()
+        core = cache._books.verb()
+        if rebase == "copy" and not core.step_open:
+            cache._books.reclaim()
+        core.join(self._handle, handles, mode, given, bool(rebase), copy)
+        cache._books.forget(handles)
+        cache._books.freed()
 
     def watch(self, other: Branch, *, lag: int = 0, rebase: bool = True) -> None:
         """From now on this branch also sees what `other` sees and it does not, and what `other`
@@ -193,13 +198,13 @@ class Branch:
             Unsupported: with `rebase`, the cache's RoPE is not known or forbids it.
         """
         cache = self.cache
-        (handle,) = cache._handles("other", [other])
+        (handle,) = handles_of(cache, "other", [other])
         low = integer("lag", lag, low=0)
         if not isinstance(rebase, bool):
             raise TypeError(f"rebase: expected a bool, got {type(rebase).__name__}")
         if rebase:
             cache._require_ropes("watch")
-        cache._verb().watch(self._handle, handle, low, rebase)
+        cache._books.verb().watch(self._handle, handle, low, rebase)
 
     def select(self, child: Branch) -> None:
         """The branch takes the context of `child`, and every branch forked from it, `child`
@@ -211,9 +216,9 @@ class Branch:
             ValueError: `child` was not forked from this branch or from its descendants.
         """
         cache = self.cache
-        (handle,) = cache._handles("child", [child])
-        cache._forget(cache._verb().select(self._handle, handle))
-        cache._freed()
+        (handle,) = handles_of(cache, "child", [child])
+        cache._books.forget(cache._books.verb().select(self._handle, handle))
+        cache._books.freed()
 
     def crop(self, length: int) -> None:
         """Keeps the first `length` tokens of the context, across forks and joins; position follows
@@ -222,12 +227,12 @@ class Branch:
         Raises:
             ValueError: `length` is not within 0 to the branch's length.
         """
-        self.cache._verb().crop(self._handle, integer("length", length, low=0))
-        self.cache._freed()
+        self.cache._books.verb().crop(self._handle, integer("length", length, low=0))
+        self.cache._books.freed()
 
     def _take_back(self, length: int, position: int) -> None:
         """Undoes steps that made the branch longer, even if another one watches it."""
-        self.cache._verb().take_back(self._handle, length, position)
+        self.cache._books.verb().take_back(self._handle, length, position)
 
     def excise(self, start: int, end: int, *, rebase: bool = False) -> None:
         """Drops the tokens [start, end) of the context (TIM, arXiv 2507.16784).
@@ -246,8 +251,8 @@ class Branch:
             raise TypeError(f"rebase: expected a bool, got {type(rebase).__name__}")
         if rebase:
             self.cache._require_ropes("excise(rebase=True)")
-        self.cache._verb().excise(self._handle, low, high, rebase)
-        self.cache._freed()
+        self.cache._books.verb().excise(self._handle, low, high, rebase)
+        self.cache._books.freed()
 
     def page_table(self) -> torch.Tensor:
         """(num_pages,) int32: the pages of the context in order, token t in slot t % page_size of
@@ -272,5 +277,22 @@ def make_branch(cache: ForkedKVCache, handle: int) -> Branch:
     branch = Branch.__new__(Branch)
     branch.cache = cache
     branch._handle = handle
-    cache._refs[handle] = weakref.ref(branch)
+    cache._books.add(handle, branch)
     return branch
+
+
+def handles_of(cache: ForkedKVCache, name: str, branches: Iterable[Branch]) -> list[int]:
+    """The core's handles of the branches that an argument holds.
+
+    Raises:
+        TypeError: one is no branch.
+        ForeignBranch: one belongs to another cache.
+    """
+    handles = []
+    for branch in branches:
+        if not isinstance(branch, Branch):
+            raise TypeError(f"{name}: expected Branch, got {type(branch).__name__}")
+        if branch.cache is not cache:
+            raise ForeignBranch(f"{name}: branch {branch.id} belongs to another cache")
+        handles.append(branch._handle)
+    return handles

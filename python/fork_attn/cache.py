@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from fork_attn import _C, checks, ops, ops_flash
-from fork_attn.branch import Branch, make_branch
+from fork_attn.books import Books, CacheStats
+from fork_attn.branch import Branch, handles_of, make_branch
 from fork_attn.device_step import Kind, plan_target
-from fork_attn.errors import ForeignBranch, OutOfPages, StalePlan, Unsupported
+from fork_attn.devices import default_workers, resolved
+from fork_attn.errors import StalePlan, Unsupported
 from fork_attn.kv_library import DTYPE_CODES
-from fork_attn.plan import Plan
-from fork_attn.quantise import E4M3, check_scale
+from fork_attn.layers import Layer, PerLayer, make_layers
 from fork_attn.render import render_cache
-from fork_attn.rope import Rope, turn_of, with_rotations
+from fork_attn.rope import Rope
 from fork_attn.scrub import make_scrub
 from fork_attn.staging import PageLists, Staging
 from fork_attn.step import Draft, Step
-from fork_attn.storage import KVStorage, Layer, PerLayer, make_layers
+from fork_attn.storage import KVStorage
 from fork_attn.streams import OtherStreams
-
-
-class CacheStats(NamedTuple):
-    """A snapshot of the pool. Pages are total = free + live + pending."""
-
-    pages_total: int
-    pages_free: int
-    pages_live: int
-    """Held by some branch, or reserved by the open step."""
-    pages_shared: int
-    """Seen by at least two branches."""
-    pages_pending: int
-    """Freed, but still in use by queued device work."""
-    segments: int
-    branches: int
-    kv_bytes: int
-    """Bytes of K and V in the live pages, all layers together."""
 
 
 class ForkedKVCache:
@@ -107,19 +91,17 @@ class ForkedKVCache:
             raise ValueError(f"tail: expected 'seal' or 'copy', got {tail!r}")
         self.batch_invariant = checks.boolean("batch_invariant", batch_invariant)
         self.dtype = dtype
-        self.device = _with_index(torch.device(device))
+        self.device = resolved(device)
         self.tail = tail
         self.backend = ops.resolve_backend(backend, self.device)
-        if batch_invariant and self.backend != "cpu":
+        if batch_invariant and self.backend not in ("cpu", "triton"):
             raise Unsupported(f"batch_invariant=True: backend {self.backend!r} does not promise it")
-        if self.device.type not in ("cpu", "meta", "cuda"):
-            raise Unsupported(f"device {self.device}: expected the CPU, a CUDA device or 'meta'")
         if self.backend == "flash_attn":
             ops_flash.require_pages(self.page_size)
         # Whether page lists stay on the device, and steps are sent there as one upload.
         self._resident = self.backend == "triton" and self.device.type != "meta"
         self._target = plan_target(self.device)
-        workers = _default_workers(self.device) if num_workers is None else num_workers
+        workers = default_workers(self.device) if num_workers is None else num_workers
         self.num_workers = checks.integer("num_workers", workers, low=1)
         head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
         self._storage = KVStorage(
@@ -133,11 +115,8 @@ class ForkedKVCache:
         self._core = _C.CacheCore(self.num_pages, self.page_size, tail == "copy")
         self._lists: PageLists | None = None
         self._staging = Staging(self.device)
-        self._streams = OtherStreams(self._core)
-        self._scrub = make_scrub(self._core, self._storage)
-        self._own_stream = _current_stream(self.device)
-        self._refs: dict[int, weakref.ref[Branch]] = {}
-        self._dropped: list[int] = []
+        self._streams = OtherStreams(self._core, self.device)
+        self._books = Books(self._core, self._streams, make_scrub(self._core, self._storage))
         self._step_ref: weakref.ref[Step] | None = None
         self._find_ropes: Callable[[], Sequence[Rope]] | None = None  # if not given; may refuse
 
@@ -164,12 +143,11 @@ class ForkedKVCache:
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The live branches, oldest first."""
-        alive = (ref() for ref in self._refs.values())
-        return tuple(branch for branch in alive if branch is not None)
+        return self._books.branches
 
     def new_branch(self) -> Branch:
         """A branch with an empty context."""
-        return self._adopt(self._verb().new_branch())
+        return make_branch(self, self._books.verb().new_branch())
 
     def step(self, tokens: Mapping[Branch, int | Draft], *, wait: bool = False) -> Step:
         """Reserves slots for new tokens of some branches. Use as `with cache.step({a: 1, b: 3}) as
@@ -186,23 +164,11 @@ class ForkedKVCache:
             ValueError: no branches, or a count below 1 or too large.
             StaleBranch, ForeignBranch, StepOpen: what their names say.
         """
-        core = self._verb()
-        self._require_known_stream()
+        self._streams.require_current()
         if isinstance(tokens, Mapping):
             tokens = dict(tokens)  # one reading: its order is the order of rows
-        if self._streams:
-            self._streams.poll()
-        if self._scrub is not None:
-            self._scrub.run()  # pages that streams gave back
-        try:
-            num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
-        except OutOfPages as e:
-            if not wait or e.needed > e.free + e.pending:
-                raise
-            self._streams.wait(e.needed - e.free)
-            if self._scrub is not None:
-                self._scrub.run()
-            num_tokens, _ = core.open_step(tokens, self, Branch, Draft)
+        num_tokens = self._books.open_step(tokens, wait, self, Branch, Draft)
+        core = self._core
         try:
             step = Step(self, tuple(tokens), num_tokens)
             copies = core.step_copies()
@@ -211,7 +177,7 @@ class ForkedKVCache:
         except BaseException:
             if core.step_open:
                 core.rollback_step()
-                self._freed()
+                self._books.freed()
             raise
         self._step_ref = weakref.ref(step)
         return step
@@ -229,8 +195,7 @@ class ForkedKVCache:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Stores the step's new K and V of one layer and attends: row i sees its branch's context
-        and its own tokens up
-        to itself (a draft token: its ancestors and itself).
+        and its own tokens up to itself (a draft token: its ancestors and itself).
 
         Args:
             layer_idx: 0 to num_layers - 1.
@@ -253,34 +218,28 @@ class ForkedKVCache:
         self._require_step(step)
         if self.device.type == "meta":
             raise Unsupported("attend: a cache on device 'meta' holds no KV")
-        self._storage.fit(layer, q, k, v)
-        shape = (step.num_tokens, layer.num_q_heads, layer.head_dim)
-        dtype = self._storage.row_dtype(q)
-        checks.tensor("q", q, shape=shape, dtype=dtype, device=self.device)
-        self._check_kv(layer, k, v, step, dtype)
+        self._storage.check_rows(layer, step.num_tokens, q, k, v)
         options = ops.check_scores(
             softmax_scale, softcap, sinks, layer.num_q_heads, layer.head_dim, self.device
         )
-        flash = self.backend == "flash_attn"
-        plan = None if flash else step.plan_for(layer_idx)
-        k_cache, v_cache = layer.k_cache, layer.v_cache
-        assert k_cache is not None and v_cache is not None
-        if flash:
+        k_cache, v_cache = self.layer(layer_idx)
+        if self.backend == "flash_attn":
             tables = step._flash_tables()
             self._storage.store(layer, k, v, step.slot_mapping)
             return ops_flash.attend(q, k_cache, v_cache, tables, layer.window, *options)
-        assert plan is not None
-        self._core.enter()
+        plan = step.plan_for(layer_idx)
+        traced = torch.compiler.is_compiling()  # torch.compile cannot follow the extension
+        if not traced:
+            self._core.enter()
         try:
             self._storage.store(layer, k, v, step.slot_mapping)
-            if plan.rotations is not None:
-                q = _with_rotations(q, layer, plan)
-            scales = (layer.k_scale, layer.v_scale)
+            queries, scales = plan.queries(q, layer.rope), (layer.k_scale, layer.v_scale)
             out, _ = ops.run_tree_attention(
-                q, k_cache, v_cache, plan, *options, *scales, backend=self.backend
+                queries, k_cache, v_cache, plan, *options, *scales, backend=self.backend
             )
         finally:
-            self._core.leave()
+            if not traced:
+                self._core.leave()
         return out
 
     def layer(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,18 +286,8 @@ class ForkedKVCache:
             TypeError: a dtype is off.
         """
         layer = self._layer(layer_idx)
-        if self.dtype != E4M3:
-            raise ValueError(f"set_scales: expected a cache of {E4M3}, got one of {self.dtype}")
-        scales = [
-            check_scale(name, scale, layer.num_kv_heads, self.device)
-            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
-        ]
-        if layer.written and self.stats().pages_live:
-            raise ValueError(
-                f"set_scales: layer {layer_idx} holds K and V stored with other scales; set them "
-                "before its first write, or free all branches"
-            )
-        layer.k_scale, layer.v_scale = scales
+        in_use = layer.written and self.stats().pages_live > 0
+        self._storage.set_scales(layer, k_scale, v_scale, in_use=in_use)
 
     def reorder(self, branches: Sequence[Branch], indices: Sequence[int]) -> None:
         """`branches[i]` continues the context of `branches[indices[i]]`, all at once (beam search).
@@ -347,10 +296,10 @@ class ForkedKVCache:
             ValueError: `indices` has another length, or names no branch.
             DuplicateBranch, ForeignBranch, StaleBranch, StepOpen: what their names say.
         """
-        handles = self._handles("branches", branches)
+        handles = handles_of(self, "branches", branches)
         targets = [checks.integer("indices", i, low=-(2**31)) for i in indices]
-        self._verb().reorder(handles, targets)
-        self._freed()
+        self._books.verb().reorder(handles, targets)
+        self._books.freed()
 
     def free(self, branches: Iterable[Branch]) -> None:
         """Releases branches, all or none; pages that no other branch sees return at once.
@@ -358,10 +307,10 @@ class ForkedKVCache:
         Raises:
             DuplicateBranch, ForeignBranch, StaleBranch, StepOpen: what their names say.
         """
-        handles = self._handles("branches", branches)
-        self._verb().free(handles)
-        self._forget(handles)
-        self._freed()
+        handles = handles_of(self, "branches", branches)
+        self._books.verb().free(handles)
+        self._books.forget(handles)
+        self._books.freed()
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Announces a stream, besides the cache's own, whose work reads or writes the cache's
@@ -376,23 +325,12 @@ class ForkedKVCache:
         Raises:
             TypeError, ValueError: not a CUDA stream of the cache's device.
         """
-        if not isinstance(stream, torch.cuda.Stream):
-            raise TypeError(f"stream: expected a torch.cuda.Stream, got {type(stream).__name__}")
-        if stream.device != self.device:
-            raise ValueError(f"stream: expected one of {self.device}, got one of {stream.device}")
-        if stream == self._own_stream:
-            return
-        self._streams.add(stream)
-        self._storage.record_stream(stream)
+        if self._streams.announce(stream):
+            self._storage.record_stream(stream)
 
     def stats(self) -> CacheStats:
         """Counts of pages, segments and branches, and the bytes of live KV."""
-        self._free_dropped()
-        if self._streams:
-            self._streams.poll()
-        counts = self._core.stats()
-        pages_live = counts[2]
-        return CacheStats(*counts, pages_live * self._storage.page_bytes)
+        return self._books.stats(self._storage.page_bytes)
 
     def check(self) -> None:
         """Recounts every invariant of the bookkeeping from scratch.
@@ -404,7 +342,7 @@ class ForkedKVCache:
 
     def render(self) -> str:
         """The live branches as a tree of text: who forked from whom, lengths, positions, pages."""
-        self._free_dropped()
+        self._books.free_dropped()
         return render_cache(self)
 
     @property
@@ -425,16 +363,6 @@ class ForkedKVCache:
         step = self._step_ref() if self._step_ref is not None else None
         return step if step is not None and step.state == "open" else None
 
-    def _require_known_stream(self) -> None:
-        if self._own_stream is None:
-            return
-        stream = torch.cuda.current_stream(self.device)
-        if stream != self._own_stream and stream not in self._streams:
-            raise ValueError(
-                f"step: expected the cache's own stream {self._own_stream} or one announced by "
-                f"record_stream, got {stream}"
-            )
-
     def _require_ropes(self, verb: str) -> None:
         """Before a verb that shifts positions: every layer's RoPE must be known."""
         layers = self._storage.layers
@@ -448,46 +376,6 @@ class ForkedKVCache:
         for layer, rope in zip(layers, self._find_ropes(), strict=True):
             layer.rope = rope
 
-    def _verb(self) -> Any:
-        self._free_dropped()
-        return self._core
-
-    def _free_dropped(self) -> None:
-        if self._dropped and not self._core.step_open:
-            dropped = list(self._dropped)
-            # A select may have freed a branch in the moment before its last reference went.
-            self._core.free([handle for handle in dropped if self._core.alive(handle)])
-            del self._dropped[: len(dropped)]
-            self._freed()
-
-    def _freed(self) -> None:
-        """Follows every call of the core that may have freed pages."""
-        if self._streams:
-            self._streams.mark()
-        if self._scrub is not None and not self._core.step_open:
-            self._scrub.run()
-
-    def _drop(self, handle: int) -> None:
-        if self._refs.pop(handle, None) is not None:
-            self._dropped.append(handle)
-
-    def _adopt(self, handle: int) -> Branch:
-        return make_branch(self, handle)
-
-    def _forget(self, handles: Iterable[int]) -> None:
-        for handle in handles:
-            self._refs.pop(handle, None)
-
-    def _handles(self, name: str, branches: Iterable[Branch]) -> list[int]:
-        handles = []
-        for branch in branches:
-            if not isinstance(branch, Branch):
-                raise TypeError(f"{name}: expected Branch, got {type(branch).__name__}")
-            if branch.cache is not self:
-                raise ForeignBranch(f"{name}: branch {branch.id} belongs to another cache")
-            handles.append(branch._handle)
-        return handles
-
     def _layer(self, layer_idx: int) -> Layer:
         index = checks.integer("layer_idx", layer_idx, low=0, high=self.num_layers - 1)
         return self._storage.layers[index]
@@ -499,37 +387,3 @@ class ForkedKVCache:
             raise ValueError("step: expected one of this cache, got one of another")
         if step.state != "open":
             raise StalePlan(f"step: expected an open step, got one that is {step.state}")
-
-    def _check_kv(
-        self, layer: Layer, k: torch.Tensor, v: torch.Tensor, step: Step, dtype: torch.dtype
-    ) -> None:
-        rows = (step.num_tokens, layer.num_kv_heads)
-        checks.tensor("k", k, shape=(*rows, layer.head_dim), dtype=dtype, device=self.device)
-        checks.tensor("v", v, shape=(*rows, layer.head_dim_v), dtype=dtype, device=self.device)
-
-
-def _default_workers(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.get_num_threads()
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """A device that says "cuda" alone as the one that it stands for now."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise Unsupported(f"device {device}: Torch finds no CUDA device here")
-    if str(device) == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-
-def _with_rotations(q: torch.Tensor, layer: Layer, plan: Plan) -> torch.Tensor:
-    rope, rotations = layer.rope, plan.rotations
-    assert rope is not None and rotations is not None
-    if rope not in plan.turns:
-        plan.turns[rope] = turn_of(rope, -rotations[:, 1])
-    return with_rotations(q, rotations, rope, plan.turns[rope])

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 import fork_attn
-from fork_attn import _C, _env, demo, ops, ops_triton, plan_command, reason_command
+from fork_attn import _C, _env, costs, demo, ops, ops_triton, plan_command, reason_command
 from fork_attn.bench import command as bench_command
+from fork_attn.calibrate import command as calibrate_command
 
 _PACKAGES = ("torch", "triton", "transformers", "flash-attn", "numpy")
 
@@ -88,6 +89,15 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     bench_command.add_arguments(bench)
     bench.set_defaults(run=bench_command.run)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure what the planner weighs: bandwidth, arithmetic, items, partial results",
+        description="Measures the planner's costs on this machine by the kernels themselves, and "
+        "writes a file that plans then follow.",
+    )
+    calibrate_command.add_arguments(calibrate)
+    calibrate.set_defaults(run=calibrate_command.run)
     return parser
 
 
@@ -126,7 +136,16 @@ def info() -> dict[str, Any]:
         }
         | {"triton": ops_triton.state()},
         "default_backend": _env.default_backend(),
+        "costs": _costs(),
     }
+
+
+def _costs() -> dict[str, str]:
+    """Where each target's costs come from, or why the file that was named cannot be used."""
+    try:
+        return {target: costs.describe(target) for target in costs.TARGETS}
+    except ValueError as error:
+        return dict.fromkeys(costs.TARGETS, str(error))
 
 
 def _as_text(report: dict[str, Any]) -> str:
@@ -155,6 +174,8 @@ def _as_text(report: dict[str, Any]) -> str:
     for name, state in report["backends"].items():
         line(f"backend {name}", state)
     line("default backend", report["default_backend"])
+    for target, source in report["costs"].items():
+        line(f"costs {target}", source)
     return "\n".join(lines)
 
 

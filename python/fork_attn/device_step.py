@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fork_attn import costs, ops_triton
 from fork_attn.plan import Plan, PlanOnDevice, PlanShape, make_plan, plan_data
 from fork_attn.staging import Layout, News
 
@@ -25,11 +26,13 @@ STEP_TENSORS = (
 
 
 def plan_target(device: torch.device) -> str:
-    """The row of the planner's cost table for a device: `cpu`, or the GPU's architecture."""
-    if device.type != "cuda":
-        return "cpu"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+    """The row of the planner's cost table for a device, with measured costs loaded.
+
+    Raises:
+        ValueError: the file of costs that was named is off (`costs.load`).
+    """
+    costs.load()
+    return costs.device_target(device)
 
 
 def upload_step(
@@ -45,7 +48,11 @@ def upload_step(
     core, lists = cache._core, cache._page_lists
     kinds = cache._kinds()
     data = [
-        plan_data(core, window, shape, cache._target, cache.num_workers, resident=True)
+        plan_data(
+            *(core, window, shape, cache._target, cache.num_workers),
+            resident=True,
+            batch_invariant=cache.batch_invariant,
+        )
         for window, shape in kinds
     ]
     layout = Layout()
@@ -84,4 +91,6 @@ def upload_step(
         )
         for kind, d, where in zip(kinds, data, words, strict=True)
     }
+    for plan in plans.values():
+        ops_triton.prepare(plan, cache.device)
     return tensors, plans

@@ -3,7 +3,7 @@ is checked here; `fork_attn.ops_cache` has the checked calls and says what each 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,21 +18,6 @@ DTYPE_CODES = {
 }
 
 _library = torch.library.Library("fork_attn", "FRAGMENT")
-_library.define(
-    "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
-    "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? cos=None, Tensor? sin=None, "
-    "Tensor? table_rows=None, bool interleaved=False, int rotary_start=0) -> ()"
-)
-_library.define(
-    "gather_kv(Tensor k_cache, Tensor v_cache, Tensor slots, Tensor? k_scale=None, "
-    "Tensor? v_scale=None, ScalarType? dtype=None) -> (Tensor, Tensor)"
-)
-_library.define(
-    "shift_rope(Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor src_slots, Tensor dst_slots, "
-    "Tensor cos, Tensor sin, Tensor table_rows, bool interleaved=False, int rotary_start=0) -> ()"
-)
-_library.define("copy_pages(Tensor(a!)[] caches, Tensor src_pages, Tensor dst_pages) -> ()")
-_library.define("move_slots(Tensor(a!)[] caches, Tensor src_slots, Tensor dst_slots) -> ()")
 
 
 def where(t: Tensor) -> tuple[int, int]:
@@ -133,12 +118,7 @@ def _gather_kv(
 
 
 def _gather_kv_fake(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    k_cache: Tensor, v_cache: Tensor, slots: Tensor, *_: object, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     return _new_rows(k_cache, v_cache, slots, dtype)
 
@@ -208,13 +188,21 @@ def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
 
-for _name, _kernel, _fake in (
-    ("store_kv", _store_kv, _nothing),
-    ("gather_kv", _gather_kv, _gather_kv_fake),
-    ("shift_rope", _shift_rope, _nothing),
-    ("copy_pages", _copy_pages, _nothing),
-    ("move_slots", _move_slots, _nothing),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"fork_attn::{_name}", _fake, lib=_library)
+def _define(
+    name: str,
+    kernel: Callable[..., object],
+    written: tuple[str, ...],
+    fake: Callable[..., object] = _nothing,
+) -> None:
+    """An op with the signature of its kernel, which writes to the arguments named."""
+    _library.define(name + torch.library.infer_schema(kernel, mutates_args=written))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, kernel, key)
+    torch.library.register_fake(f"fork_attn::{name}", fake, lib=_library)
+
+
+_define("store_kv", _store_kv, ("k_cache", "v_cache"))
+_define("gather_kv", _gather_kv, (), _gather_kv_fake)
+_define("shift_rope", _shift_rope, ("k_cache", "v_cache"))
+_define("copy_pages", _copy_pages, ("caches",))
+_define("move_slots", _move_slots, ("caches",))

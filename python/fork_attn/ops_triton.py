@@ -6,7 +6,6 @@ Triton is imported when a kernel first runs: the package works without it.
 from __future__ import annotations
 
 import os
-import weakref
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from fork_attn.plan import Plan
 from fork_attn.plan_format import header, sections
 
 if TYPE_CHECKING:
+    from fork_attn.kernels.bodies import Merge
     from fork_attn.kernels.launch import Workspace
 
 INTERPRETER_PROGRAMS = 4
@@ -26,7 +26,8 @@ _library.define(
     "tree_attention_triton(Tensor q, Tensor k_cache, Tensor v_cache, Tensor plan, Tensor pages, "
     "Tensor(a!) partial_out, Tensor(b!) partial_lse, Tensor(c!) counters, int num_rows, "
     "int num_programs, int max_block_tokens, int window, float softmax_scale, float softcap, "
-    "Tensor? sinks, Tensor? k_scale, Tensor? v_scale) -> (Tensor, Tensor)"
+    "Tensor? sinks, Tensor? k_scale, Tensor? v_scale, str merge='inside', "
+    "bool batch_invariant=False) -> (Tensor, Tensor)"
 )
 
 
@@ -78,6 +79,8 @@ def _launch(
     sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    merge: Merge = "inside",
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fork_attn.kernels import launch
 
@@ -101,6 +104,8 @@ def _launch(
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
+        merge=merge,
+        batch_invariant=batch_invariant,
     )
     return out, lse
 
@@ -139,6 +144,8 @@ class _OnDevice:
         self.num_tokens = head.num_tokens
         self.num_partial_rows = head.num_partial_rows
         self.max_block_tokens = head.max_block_tokens
+        self.max_merge_rows = head.max_merge_rows
+        self.batch_invariant = head.tile_slots > 0
         self.window = head.window
         self.workspaces: dict[tuple[int, int, int], Workspace] = {}
 
@@ -151,8 +158,17 @@ class _OnDevice:
             self.workspaces[key] = Workspace.allocate(*rows, *key, self.buffer.device)
         return self.workspaces[key]
 
+    def merge(self, group: int, head_dim_v: int) -> Merge:
+        from fork_attn.kernels.bodies import choose_merge
 
-_plans: weakref.WeakKeyDictionary[Plan, dict[torch.device, _OnDevice]] = weakref.WeakKeyDictionary()
+        return choose_merge(self.max_merge_rows, group, head_dim_v, self.batch_invariant)
+
+
+def prepare(plan: Plan, device: torch.device) -> None:
+    """Does what the plan's first launch on a device would do, so that torch.compile meets tensors
+    alone."""
+    plan.launches[device] = here = _OnDevice(plan, device)
+    here.workspace(plan.shape.num_q_heads, plan.shape.num_kv_heads, plan.shape.head_dim_v)
 
 
 def run(
@@ -170,10 +186,9 @@ def run(
 
     Calls for one plan share the memory of its partial results, and so belong on one stream.
     """
-    on_device = _plans.setdefault(plan, {})
-    if q.device not in on_device:
-        on_device[q.device] = _OnDevice(plan, q.device)
-    here = on_device[q.device]
+    if q.device not in plan.launches:
+        plan.launches[q.device] = _OnDevice(plan, q.device)
+    here = plan.launches[q.device]
     workspace = here.workspace(q.shape[1], k_cache.shape[2], v_cache.shape[3])
     programs = INTERPRETER_PROGRAMS
     if q.device.type == "cuda":
@@ -196,5 +211,7 @@ def run(
         sinks,
         k_scale,
         v_scale,
+        here.merge(q.shape[1] // k_cache.shape[2], v_cache.shape[3]),
+        here.batch_invariant,
     )
     return result

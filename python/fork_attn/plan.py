@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fork_attn import _C
+from fork_attn import _C, costs
+from fork_attn.rope import Rope, Turn, turn_of, with_rotations
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,20 @@ class Plan:
     # (n, 2) int32, or None: copies of query rows that the plan reads behind the rows themselves,
     # each of a row, moved back by so many positions.
     rotations: torch.Tensor | None = field(repr=False, default=None)
-    turns: dict[Any, Any] = field(repr=False, default_factory=dict)  # of rotations, by Rope
+    turns: dict[Rope, Turn] = field(repr=False, default_factory=dict)  # of rotations
     # Set where page lists stay on the device; `buffer` then has none of its own.
     on_device: PlanOnDevice | None = field(default=None, repr=False)
+    launches: dict[torch.device, Any] = field(repr=False, default_factory=dict)  # of ops_triton
+
+    def queries(self, q: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+        """The query tensor that the plan reads: `q`, and behind it the rotated copies, if any, of
+        a layer whose RoPE is known then."""
+        if self.rotations is None:
+            return q
+        assert rope is not None
+        if rope not in self.turns:
+            self.turns[rope] = turn_of(rope, -self.rotations[:, 1])
+        return with_rotations(q, self.rotations, rope, self.turns[rope])
 
     @property
     def _slot_bytes(self) -> int:
@@ -133,7 +145,7 @@ def build_plan(
     """The plan of the core's open step for one kind of layer, on a target of the cost table.
 
     Raises:
-        ValueError: an unknown target, no workers, a window below 1.
+        ValueError: an unknown target, no workers, a window below 1; or see `costs.load`.
         Unsupported: `batch_invariant` with contexts that see tokens at shifted positions.
     """
     data = plan_data(
@@ -157,6 +169,7 @@ def plan_data(
     """What `build_plan` wraps; a resident plan's runs index page lists that stay on the device."""
     if window is not None and window < 1:
         raise ValueError(f"window: expected None or at least 1, got {window}")
+    costs.load()
     group = shape.num_q_heads // shape.num_kv_heads
     sizes = (shape.num_kv_heads, group, shape.head_dim, shape.head_dim_v, shape.itemsize)
     return core.build_plan(window or 0, sizes, target, num_workers, batch_invariant, resident)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,13 +12,16 @@ from fork_attn import _C, checks, ops
 from fork_attn.errors import PlanCapacityExceeded, Unsupported
 from fork_attn.kv_library import DTYPE_CODES, paged_argument, rows_argument
 from fork_attn.plan import PlanShape, plan_data
+from fork_attn.rotation_buffers import RotationBuffers
 from fork_attn.staging import Layout, News, Staging
 
 if TYPE_CHECKING:
     from fork_attn.cache import ForkedKVCache
+    from fork_attn.kernels.bodies import Merge
+    from fork_attn.layers import Layer
     from fork_attn.step import Step
-    from fork_attn.storage import Layer
 
+_Kind = tuple["int | None", int]  # sliding window and GQA group: layers that share a plan
 _NEWS_BYTES = 16 * 1024  # room behind a plan for what is new in page lists; more goes by itself
 
 
@@ -27,20 +30,27 @@ class PlanBuffers:
 
     `update` writes a step there, `attend` reads everything from there, counts included: what was
     captured into a CUDA graph once serves whatever step was written last. Rows beyond the step's
-    are padding: they store nothing, see nothing and give zeros. One stream at a time.
+    are padding: they store nothing, see nothing and give zeros. Steps that see tokens at shifted
+    positions (rebased joins, watches) and steps that do not are two captures: see `shifted`. One
+    stream at a time.
 
     Args:
         cache: on the CPU, or on a CUDA device.
         max_tokens: rows of a step, at most.
-        max_plan_bytes: of the plan of one kind of layer; None: 16 KiB and 512 bytes a row.
+        max_plan_bytes: of the plan of one kind of layer; None: 16 KiB, 512 bytes a row and 128 a
+            rotated copy.
         max_partial_rows: partial results of a plan; None: what plans of that many rows and the
             cache's workers can need if every row block is cut once more than its fair share.
+        max_rotations: rotated copies of query rows in a plan, one for each row and shift at which
+            it sees something; None: four for each row.
 
     Attributes:
         input_ids: (max_tokens,) int64, what `update` was given, padded with 0.
         position_ids, slot_mapping: (max_tokens,) int64, padded with 0 and -1 (stored nowhere).
         last_indices: (max_tokens,) int64, each branch's last row, padded with 0.
         num_tokens, num_branches: of the step written last.
+        shifted: whether that step sees tokens at shifted positions. `attend` then reads rotated
+            copies of the queries as well, so what was captured for one serves not the other.
 
     Raises:
         Unsupported: no such buffers on the cache's device or backend.
@@ -53,6 +63,7 @@ class PlanBuffers:
         max_tokens: int,
         max_plan_bytes: int | None = None,
         max_partial_rows: int | None = None,
+        max_rotations: int | None = None,
     ) -> None:
         if cache.backend not in ("cpu", "triton") or cache.device.type == "meta":
             raise Unsupported(
@@ -61,19 +72,25 @@ class PlanBuffers:
             )
         self.cache = cache
         self.max_tokens = checks.integer("max_tokens", max_tokens, low=1)
+        if max_rotations is None:
+            max_rotations = 4 * self.max_tokens
+        self.max_rotations = checks.integer("max_rotations", max_rotations, low=0)
         if max_plan_bytes is None:
-            max_plan_bytes = 16 * 1024 + 512 * self.max_tokens
+            max_plan_bytes = 16 * 1024 + 512 * self.max_tokens + 128 * self.max_rotations
         self.max_plan_words = checks.integer("max_plan_bytes", max_plan_bytes, low=1) // 8
         target = _C.target_costs(cache._target)
         self._most_rows = int(target["max_rows"])
         if max_partial_rows is None:
             spans = cache.num_workers * int(target["spans_per_worker"])
-            max_partial_rows = 2 * self.max_tokens + spans * min(64, self._most_rows)
+            rows = self.max_tokens + self.max_rotations
+            max_partial_rows = 2 * rows + spans * min(64, self._most_rows)
         self.max_partial_rows = checks.integer("max_partial_rows", max_partial_rows, low=1)
         self.num_tokens = self.num_branches = 0
+        self.shifted = False
         self._kind_keys = list(dict.fromkeys(map(_kind, cache._storage.layers)))
         self._lists = cache._page_lists.pages
         self._staging = Staging(cache.device)
+        self._rotations: RotationBuffers[_Kind] = RotationBuffers(self.max_rotations, cache.device)
         self._workspaces: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._allocate()
 
@@ -113,7 +130,6 @@ class PlanBuffers:
             PlanCapacityExceeded: the step does not fit; nothing was written.
             StalePlan: the step is closed.
             ValueError: `input_ids` has another length.
-            Unsupported: the step sees some slots at shifted positions.
         """
         self.cache._require_step(step)
         _fits("rows", step.num_tokens, self.max_tokens)
@@ -134,21 +150,25 @@ class PlanBuffers:
         except BaseException:
             core.forget_arena()
             raise
+        self.shifted = any(d.num_rotations for d in data)
+        if self.shifted:
+            self._write_rotations(step.num_tokens, data)
         self.num_tokens, self.num_branches = step.num_tokens, len(step.branches)
 
-    def _plan(self, key: tuple[int | None, int]) -> _C.PlanData:
+    def _plan(self, key: _Kind) -> _C.PlanData:
         cache = self.cache
         window, shape = key[0], self._shape(key)
         data = plan_data(
-            cache._core, window, shape, cache._target, cache.num_workers, resident=True
+            *(cache._core, window, shape, cache._target, cache.num_workers),
+            resident=True,
+            batch_invariant=cache.batch_invariant,
         )
         _fits("bytes of a plan", 8 * data.num_words, 8 * self.max_plan_words)
         _fits("partial rows of a plan", data.num_partial_rows, self.max_partial_rows)
-        if data.num_rotations:
-            raise Unsupported("PlanBuffers: contexts with shifted positions are not in them yet")
+        _fits("rotated query rows of a plan", data.num_rotations, self.max_rotations)
         return data
 
-    def _shape(self, key: tuple[int | None, int]) -> PlanShape:
+    def _shape(self, key: _Kind) -> PlanShape:
         layer = next(x for x in self.cache._storage.layers if _kind(x) == key)
         return layer.plan_shape(self.cache.dtype)
 
@@ -197,6 +217,13 @@ class PlanBuffers:
             more.copy_to(host.data_ptr())
             self._staging.send(8 * more.num_words, self._plans[key].view(torch.uint8))
 
+    def _write_rotations(self, num_tokens: int, data: list[_C.PlanData]) -> None:
+        for key, one in zip(self._kind_keys, data, strict=True):
+            begin, count = one.rotations
+            rotations = self._plans[key][begin : begin + count].view(torch.int32).view(-1, 2)
+            ropes = [x.rope for x in self.cache._storage.layers if _kind(x) == key]
+            self._rotations.write(key, rotations, num_tokens, ropes)
+
     def attend(
         self,
         layer_idx: int,
@@ -224,27 +251,24 @@ class PlanBuffers:
         """
         cache = self.cache
         layer = cache._layer(layer_idx)
-        cache._storage.fit(layer, q, k, v)
-        rows = q.shape[0]
+        rows = checks.tensor("q", q, shape=("rows", "num_q_heads", "head_dim")).shape[0]
         if not self.num_tokens <= rows <= self.max_tokens:
             raise ValueError(f"q: expected {self.num_tokens} to {self.max_tokens} rows, got {rows}")
-        dtype = cache._storage.row_dtype(q)
-        same: dict[str, Any] = {"dtype": dtype, "device": cache.device}
-        heads = (rows, layer.num_kv_heads)
-        checks.tensor("q", q, shape=(rows, layer.num_q_heads, layer.head_dim), **same)
-        checks.tensor("k", k, shape=(*heads, layer.head_dim), **same)
-        checks.tensor("v", v, shape=(*heads, layer.head_dim_v), **same)
+        cache._storage.check_rows(layer, rows, q, k, v)
         options = ops.check_scores(
             softmax_scale, softcap, sinks, layer.num_q_heads, layer.head_dim, cache.device
         )
         k_cache, v_cache = cache.layer(layer_idx)
         cache._storage.store(layer, k, v, self.slot_mapping[:rows])
-        if cache.backend == "cpu":
-            return self._attend_cpu(layer, q, k_cache, v_cache, *options)
-        return self._attend_triton(layer, q, k_cache, v_cache, *options)
+        if self.shifted:
+            assert layer.rope is not None
+            q = self._rotations.queries(_kind(layer), layer.rope, q)
+        run = self._attend_cpu if cache.backend == "cpu" else self._attend_triton
+        return run(rows, layer, q, k_cache, v_cache, *options)
 
     def _attend_cpu(
         self,
+        rows: int,
         layer: Layer,
         q: Tensor,
         k_cache: Tensor,
@@ -253,9 +277,9 @@ class PlanBuffers:
         cap: float,
         sinks: Tensor | None,
     ) -> Tensor:
-        out = q.new_zeros((*q.shape[:2], layer.head_dim_v))
+        out = q.new_zeros((rows, q.shape[1], layer.head_dim_v))
         k_scale, v_scale = layer.k_scale, layer.v_scale
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        lse = q.new_empty((rows, q.shape[1]), dtype=torch.float32)
         _C.tree_attention_cpu(
             self._plans[_kind(layer)].data_ptr(),
             rows_argument(q),
@@ -280,6 +304,7 @@ class PlanBuffers:
 
     def _attend_triton(
         self,
+        rows: int,
         layer: Layer,
         q: Tensor,
         k_cache: Tensor,
@@ -296,7 +321,7 @@ class PlanBuffers:
             self._plans[_kind(layer)],
             self._lists,
             *self._workspace(layer),
-            q.shape[0],
+            rows,
             self.cache.num_workers if on_gpu else ops.ops_triton.INTERPRETER_PROGRAMS,
             max(1, min(64, self._most_rows // layer.group)),
             layer.window or 0,
@@ -305,8 +330,17 @@ class PlanBuffers:
             sinks,
             layer.k_scale,
             layer.v_scale,
+            self._merge(layer),
+            self.cache.batch_invariant,
         )[0]
         return out
+
+    def _merge(self, layer: Layer) -> Merge:
+        """Of any plan that fits."""
+        from fork_attn.kernels.bodies import choose_merge
+
+        sizes = (self.max_partial_rows, layer.group, layer.head_dim_v)
+        return choose_merge(*sizes, self.cache.batch_invariant)
 
     def _workspace(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """Partial results and counters, shared by layers of one shape."""
@@ -321,7 +355,7 @@ class PlanBuffers:
         return self._workspaces[key]
 
 
-def _kind(layer: Layer) -> tuple[int | None, int]:
+def _kind(layer: Layer) -> _Kind:
     return (layer.window, layer.group)
 
 

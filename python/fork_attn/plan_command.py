@@ -88,6 +88,7 @@ def _summary(f: dict[str, Any]) -> list[tuple[str, str]]:
     floor = max(f["memory_floor_us"], f["compute_floor_us"])
     return [
         ("target", f"{f['target']}, {f['workers']} workers"),
+        ("costs", f["costs"]),
         ("K and V", f"{_bytes(f['unique_kv_bytes'])} unique"),
         ("  once a tile", f"{_bytes(f['tile_unique_kv_bytes'])}"),
         (

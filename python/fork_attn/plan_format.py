@@ -59,6 +59,7 @@ class PlanHeader(NamedTuple):
     num_gather: int
     off_gather: int
     tile_slots: int
+    max_merge_rows: int
 
 
 class PlanSections(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fork_attn import _C
 from fork_attn.cache import ForkedKVCache
+from fork_attn.costs import describe, target_costs
 from fork_attn.plan import Plan, build_plan
 from fork_attn.plan_format import PlanSections, header, run_at, run_slots, sections
 
@@ -92,7 +92,7 @@ def default_workers(target: str) -> int:
     Raises:
         ValueError: unknown target.
     """
-    return int(_C.target_costs(target)["workers"]) or len(os.sched_getaffinity(0))
+    return int(target_costs(target)["workers"]) or len(os.sched_getaffinity(0))
 
 
 def plan_tree(
@@ -185,9 +185,9 @@ def report(tree: TreePlan) -> dict[str, Any]:
     over its dense rate.
     """
     plan = tree.plan
-    costs = _C.target_costs(tree.target)
+    costs = target_costs(tree.target)
     bandwidth = costs["bytes_per_ns"] * plan.num_workers * 1000
-    rate = costs["flops_per_ns"] * plan.num_workers * 1000
+    rate = costs["flops_per_ns_128"] * plan.num_workers * 1000
     return {
         "nodes": list(tree.shape.nodes),
         "tokens": list(tree.shape.tokens),
@@ -208,7 +208,8 @@ def report(tree: TreePlan) -> dict[str, Any]:
         "items": plan.num_items,
         "spans": len(plan.span_ns),
         "plan_bytes": plan.buffer.nbytes,
-        "predicted_us": plan.work[0],
+        "costs": describe(tree.target),
+        "predicted_us": plan.work[0] + costs["launch_ns"] / 1000,
         "mean_worker_us": sum(plan.work) / plan.num_workers,
         "work_max_over_mean": plan.work_max_over_mean,
         "memory_floor_us": plan.unique_kv_bytes / bandwidth,

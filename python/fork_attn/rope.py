@@ -9,6 +9,7 @@ yarn) are plain frequencies here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -64,8 +65,14 @@ Turn = tuple[torch.Tensor, torch.Tensor]
 
 def turn_of(rope: Rope, shifts: torch.Tensor) -> Turn:
     """The turns of `shifts`, (n,) positions, computed in float64."""
-    angles = shifts.double()[:, None] * torch.tensor(rope.inv_freq, dtype=torch.float64)
+    angles = shifts.double()[:, None] * _frequencies(rope, shifts.device)
     return angles.cos(), angles.sin()
+
+
+@lru_cache(maxsize=64)
+def _frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
+    """(pairs,) float64; sent to a device once, as that waits for it."""
+    return torch.tensor(rope.inv_freq, dtype=torch.float64, device=device)
 
 
 def turned(x: torch.Tensor, rope: Rope, turn: Turn) -> torch.Tensor:
@@ -102,7 +109,7 @@ def with_rotations(
 
     Args:
         q: (T, num_q_heads, head_dim).
-        rotations: (n, 2) int32 on the CPU: row, and by how many positions it moves back.
+        rotations: (n, 2) int32: row, and by how many positions it moves back.
         rope: of the layer.
         turn: of `turn_of(rope, -rotations[:, 1])`.
 

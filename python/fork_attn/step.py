@@ -235,7 +235,7 @@ class Step:
             self._num_moved += len(moves)
         core.commit_step()
         self.state = "committed"
-        self._cache._freed()
+        self._cache._books.freed()
 
     def rollback(self) -> None:
         """Gives the reserved slots back; every branch is as it was before the step.
@@ -246,7 +246,7 @@ class Step:
         self._require_open("rollback")
         self._cache._core.rollback_step()
         self.state = "rolled_back"
-        self._cache._freed()
+        self._cache._books.freed()
 
     def _require_open(self, verb: str) -> None:
         if self.state != "open":

@@ -3,54 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar, Union
 
 import torch
 
 from fork_attn import _C, checks, kv_library  # noqa: F401 - defines the ops
-from fork_attn.plan import PlanShape
-from fork_attn.quantise import E4M3, calibrate
+from fork_attn.layers import Layer
+from fork_attn.quantise import E4M3, calibrate, check_scale
 from fork_attn.rope import Rope, turn_of
-
-T = TypeVar("T")
-PerLayer = Union[T, Sequence[T]]  # noqa: UP007 - a generic alias must exist at run time
-"""One value for every layer, or a sequence with one value per layer."""
-
-
-@dataclass
-class Layer:
-    """Shape and storage of one layer."""
-
-    index: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    head_dim_v: int
-    window: int | None
-    rope: Rope | None = None  # None: not known
-    # (num_pages, page_size, num_kv_heads, dim) views; in memory one head's page is contiguous.
-    k_cache: torch.Tensor | None = None
-    v_cache: torch.Tensor | None = None
-    # (num_kv_heads,) fp32 of an e4m3 layer; None until set or calibrated.
-    k_scale: torch.Tensor | None = None
-    v_scale: torch.Tensor | None = None
-    written: bool = False
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head."""
-        return self.num_q_heads // self.num_kv_heads
-
-    def plan_shape(self, dtype: torch.dtype) -> PlanShape:
-        """What a plan needs to know of the layer; layers with the same window and shape share."""
-        return PlanShape(
-            self.num_q_heads, self.num_kv_heads, self.head_dim, self.head_dim_v, dtype.itemsize
-        )
-
-    def caches(self) -> list[torch.Tensor]:
-        """K and V, or nothing before the layer has memory."""
-        return [cache for cache in (self.k_cache, self.v_cache) if cache is not None]
 
 
 class KVStorage:
@@ -123,6 +82,44 @@ class KVStorage:
         layer.num_q_heads, layer.num_kv_heads = q.shape[1], k.shape[1]
         layer.head_dim, layer.head_dim_v = k.shape[2], v.shape[2]
         self._allocate(layer)
+
+    def check_rows(
+        self, layer: Layer, rows: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Checks q, k and v of `rows` rows of a layer, which gets its memory if it has none yet.
+
+        Raises:
+            ValueError, TypeError: a shape, dtype, device or stride is off.
+        """
+        self.fit(layer, q, k, v)
+        dtype, device = self.row_dtype(q), self.device
+        for name, value, heads, dim in (
+            ("q", q, layer.num_q_heads, layer.head_dim),
+            ("k", k, layer.num_kv_heads, layer.head_dim),
+            ("v", v, layer.num_kv_heads, layer.head_dim_v),
+        ):
+            checks.tensor(name, value, shape=(rows, heads, dim), dtype=dtype, device=device)
+
+    def set_scales(
+        self, layer: Layer, k_scale: torch.Tensor, v_scale: torch.Tensor, *, in_use: bool
+    ) -> None:
+        """`ForkedKVCache.set_scales`, unless some branch sees what the layer holds (`in_use`).
+
+        Raises:
+            ValueError, TypeError: as there.
+        """
+        if self.dtype != E4M3:
+            raise ValueError(f"set_scales: expected a cache of {E4M3}, got one of {self.dtype}")
+        scales = [
+            check_scale(name, scale, layer.num_kv_heads, self.device)
+            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
+        ]
+        if in_use:
+            raise ValueError(
+                f"set_scales: layer {layer.index} holds K and V stored with other scales; set them "
+                "before its first write, or free all branches"
+            )
+        layer.k_scale, layer.v_scale = scales
 
     def store(
         self, layer: Layer, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
@@ -202,59 +199,3 @@ class KVStorage:
         if self.device.type == "meta":
             return []
         return [cache for layer in self.layers for cache in layer.caches()]
-
-
-def make_layers(
-    num_layers: int,
-    num_q_heads: PerLayer[int],
-    num_kv_heads: PerLayer[int],
-    head_dim: PerLayer[int],
-    head_dim_v: PerLayer[int],
-    sliding_window: PerLayer[int | None],
-    rope: PerLayer[Rope | None],
-) -> list[Layer]:
-    """The layers of a cache, checked. See `ForkedKVCache` for the arguments.
-
-    Raises:
-        ValueError, TypeError: a size is off, or a sequence has not one value per layer.
-    """
-    sizes = {
-        "num_q_heads": num_q_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "head_dim_v": head_dim_v,
-    }
-    columns: list[list[Any]] = [
-        [
-            checks.integer(name, size, low=1, high=2**16)
-            for size in checks.per_layer(name, value, num_layers)
-        ]
-        for name, value in sizes.items()
-    ]
-    windows: list[int | None] = [
-        None if window is None else checks.integer("sliding_window", window, low=1)
-        for window in checks.per_layer("sliding_window", sliding_window, num_layers)
-    ]
-    ropes = checks.per_layer("rope", rope, num_layers)
-    layers = [
-        Layer(i, q_heads, kv_heads, dim, dim_v, window, layer_rope)
-        for i, (q_heads, kv_heads, dim, dim_v, window, layer_rope) in enumerate(
-            zip(*columns, windows, ropes, strict=True)
-        )
-    ]
-    for layer in layers:
-        if layer.num_q_heads % layer.num_kv_heads:
-            raise ValueError(
-                f"num_q_heads: expected a multiple of num_kv_heads {layer.num_kv_heads}, "
-                f"got {layer.num_q_heads}"
-            )
-        if layer.rope is None:
-            continue
-        if not isinstance(layer.rope, Rope):
-            raise TypeError(f"rope: expected Rope or None, got {type(layer.rope).__name__}")
-        if layer.rope.end > layer.head_dim:
-            raise ValueError(
-                f"rope: expected at most head_dim {layer.head_dim} dimensions, got one that turns "
-                f"[{layer.rope.start}, {layer.rope.end})"
-            )
-    return layers

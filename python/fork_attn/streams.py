@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
 if TYPE_CHECKING:
     from fork_attn import _C
 
@@ -30,8 +32,11 @@ class OtherStreams:
     waiting. In the core, pages freed between two marks are one epoch.
     """
 
-    def __init__(self, core: _C.CacheCore) -> None:
+    def __init__(self, core: _C.CacheCore, device: torch.device) -> None:
         self._core = core
+        self._device = device
+        cuda = device.type == "cuda"
+        self._own = torch.cuda.current_stream(device) if cuda else None  # the cache's
         self._streams: list[Stream] = []
         self._epochs: deque[tuple[int, list[Event]]] = deque()
 
@@ -40,6 +45,32 @@ class OtherStreams:
 
     def __contains__(self, stream: object) -> bool:
         return stream in self._streams
+
+    def announce(self, stream: torch.cuda.Stream) -> bool:
+        """Checks a stream and adds it; False for the cache's own, which needs no care.
+
+        Raises:
+            TypeError, ValueError: not a CUDA stream of the cache's device.
+        """
+        if not isinstance(stream, torch.cuda.Stream):
+            raise TypeError(f"stream: expected a torch.cuda.Stream, got {type(stream).__name__}")
+        if stream.device != self._device:
+            raise ValueError(f"stream: expected one of {self._device}, got one of {stream.device}")
+        if stream == self._own:
+            return False
+        self.add(stream)
+        return True
+
+    def require_current(self) -> None:
+        """Raises ValueError unless the current stream is the cache's own or an announced one."""
+        if self._own is None:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if stream != self._own and stream not in self._streams:
+            raise ValueError(
+                f"step: expected the cache's own stream {self._own} or one announced by "
+                f"record_stream, got {stream}"
+            )
 
     def add(self, stream: Stream) -> None:
         """Announces a stream, once and for all."""

@@ -69,9 +69,8 @@ def test_tree_attention_with_every_option(open_step: Any, kv: str) -> None:
 def test_opcheck(open_step: Any) -> None:
     cache, step, q = open_step
     fa.tree_attention(q, *cache.layer(0), step.plan, backend="triton")
-    from fork_attn import ops_triton
 
-    (here,) = ops_triton._plans[step.plan].values()
+    (here,) = step.plan.launches.values()
     (work,) = here.workspaces.values()
     memory = (here.buffer, here.pages, work.partial_out, work.partial_lse, work.counters)
     sizes = (here.num_tokens, 2, here.max_block_tokens, here.window)

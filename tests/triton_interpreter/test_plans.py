@@ -9,7 +9,7 @@ import torch
 from plan_cases import NAN, RandomPlan, Shape
 from triton_cases import FP8, TritonCase, triton_case
 
-from fork_attn.kernels import launch
+from fork_attn.kernels import bodies, launch
 from fork_attn.plan_format import DIAGONAL, FULL, GATHER, PER_SLOT, WINDOW, header
 from fork_attn.testing.planbuf import ALL_TOKENS, BlockSpec, RunSpec, build_plan
 from fork_attn.testing.triton_interpreter import program_order
@@ -39,6 +39,7 @@ def random_case(seed: int, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> 
         programs=rng.choice([1, 2, 5]),
         rows=tokens + rng.choice([0, 2]),
         padding=rng.choice([0, 40]),
+        merge=rng.choice(["inside", "apart"]),
     )
     case.softcap = rng.choice([None, None, 2.0])
     case.sinks = torch.randn(case.q.shape[1]) if rng.random() < 0.4 else None
@@ -149,6 +150,23 @@ class TestMerging:
             with program_order(order):
                 for got, want in zip(case.run(), expected, strict=True):
                     assert torch.equal(got, want)
+
+    def test_a_launch_that_merges_alone_gives_the_same_bits(self) -> None:
+        """Also where some rows have no partial rows, and where the output has more rows."""
+        case = triton_case(self.BF16_SHAPE, self.plan(random.Random(7), span_items=1), rows=33)
+        case.sinks = torch.randn(6)
+        expected = case.run()
+        case.merge = "apart"
+        case.check()
+        for got, want in zip(case.run(), expected, strict=True):
+            assert torch.equal(got, want)
+
+    def test_who_merges(self) -> None:
+        assert bodies.choose_merge(0, 4, 128) == "none"
+        assert bodies.choose_merge(10 * 9, 4, 128) == "inside"
+        assert bodies.choose_merge(10 * 16, 4, 128) == "apart"
+        assert bodies.choose_merge(1, 1, 64, batch_invariant=True) == "apart"
+        assert bodies.choose_merge(0, 1, 64, batch_invariant=True) == "none"
 
     def test_blocks_above_a_tile_merge_in_chunks(self) -> None:
         """fp32 tiles have 16 rows: heads of a token fall into two chunks."""

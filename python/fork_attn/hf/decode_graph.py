@@ -43,14 +43,15 @@ class DecodeGraph:
     A call takes one token for each of any live branches: it reserves slots, writes the step to
     buffers at fixed addresses (`PlanBuffers`), and replays the graph of the least width that holds
     the branches. Forks, joins, crops and frees between calls need no new capture. A width is
-    captured at its first use.
+    captured at its first use, and once more at the first with branches that see tokens at shifted
+    positions (rebased joins, watches).
 
     Args:
         model: an attached model with a language-modelling head.
         max_width: branches of a call, at most.
         capture: False runs the same passes over the same buffers without a graph, on any device:
             for tests of the bookkeeping, not for speed.
-        max_plan_bytes, max_partial_rows: see `PlanBuffers`.
+        max_plan_bytes, max_partial_rows, max_rotations: see `PlanBuffers`.
 
     Attributes:
         widths: those that may be captured: powers of two up to 64, then multiples of 64.
@@ -68,6 +69,7 @@ class DecodeGraph:
         capture: bool = True,
         max_plan_bytes: int | None = None,
         max_partial_rows: int | None = None,
+        max_rotations: int | None = None,
     ) -> None:
         self._link = link_of(model)
         self._model = model
@@ -85,9 +87,10 @@ class DecodeGraph:
             max_tokens=self.widths[-1],
             max_plan_bytes=max_plan_bytes,
             max_partial_rows=max_partial_rows,
+            max_rotations=max_rotations,
         )
         self._mask = placeholder_mask(model.device)
-        self._runs: dict[int, Callable[[], Tensor]] = {}
+        self._runs: dict[tuple[int, bool], Callable[[], Tensor]] = {}  # by width and shifts
         self._pool: Any = None  # memory that the graphs share: they never run at once
 
     def __call__(self, tokens: Mapping[Branch, int]) -> Tensor:
@@ -100,7 +103,8 @@ class DecodeGraph:
             (n, vocab), in the order of `tokens`; the next call overwrites it.
 
         Raises:
-            PlanCapacityExceeded: more branches than `max_width`, or a plan larger than the buffers.
+            PlanCapacityExceeded: more branches than `max_width`, or a plan, or its rotated query
+                rows, larger than the buffers.
             ValueError: a token id is out of range.
             OutOfPages, StaleBranch, ForeignBranch, StepOpen: from opening the step.
         """
@@ -116,9 +120,10 @@ class DecodeGraph:
         with link.cache.step(dict.fromkeys(tokens, 1)) as step:
             self.buffers.update(step, ids)
             width = next(w for w in self.widths if w >= len(ids))
-            if width not in self._runs:
-                self._runs[width] = self._prepare(width)
-            logits = self._runs[width]()
+            key = width, self.buffers.shifted
+            if key not in self._runs:
+                self._runs[key] = self._prepare(width)
+            logits = self._runs[key]()
         return logits[: len(ids)]
 
     def _prepare(self, width: int) -> Callable[[], Tensor]:

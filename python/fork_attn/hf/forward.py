@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fork_attn import checks
 from fork_attn.branch import Branch
 from fork_attn.errors import StalePlan, Unsupported
 from fork_attn.hf._link import Link, link_of, model_of
@@ -23,7 +24,7 @@ def forward(
     tokens: Mapping[Branch, Sequence[int]],
     *,
     step: Step | None = None,
-    logits: Literal["last", "all"] = "last",
+    logits: Literal["last", "all"] | Sequence[int] = "last",
 ) -> Tensor:
     """Feeds tokens to branches in one ragged pass, and gives the logits that follow them.
 
@@ -35,10 +36,12 @@ def forward(
         tokens: for each branch at least one token id.
         step: an open step over these branches, in this order and with as many tokens each, such as
             one with a `Draft`. It is used and left open. None opens one and commits it.
-        logits: "last" for each branch's last token, "all" for every token.
+        logits: "last" for each branch's last token, "all" for every token, or the indices of the
+            tokens, counted over all branches.
 
     Returns:
-        (n, vocab) for n branches, or (T, vocab) for T tokens, in the order of tokens.
+        (n, vocab) for n branches, (T, vocab) for T tokens, in the order of tokens, or a row for
+        each index.
 
     Raises:
         Unsupported: the model is not attached, or has no head.
@@ -46,11 +49,14 @@ def forward(
         OutOfPages, StaleBranch, ForeignBranch, StepOpen: from opening the step.
     """
     link = link_of(model)
-    if logits not in ("last", "all"):
-        raise ValueError(f'logits: expected "last" or "all", got {logits!r}')
+    if isinstance(logits, str) and logits not in ("last", "all"):
+        raise ValueError(f'logits: expected "last", "all" or indices, got {logits!r}')
     if model.get_output_embeddings() is None:
         raise Unsupported(f"model: {link.model_name} has no language-modelling head")
     ids = {branch: _token_ids(i, t, link) for i, (branch, t) in enumerate(tokens.items())}
+    if not isinstance(logits, str):
+        high = sum(map(len, ids.values())) - 1
+        logits = [checks.integer("logits", row, low=0, high=high) for row in logits]
     if step is not None:
         _check_step(step, ids, link)
         return _run(model, link, ids, step, logits)
@@ -97,15 +103,23 @@ def join(
 
 
 def _run(
-    model: PreTrainedModel, link: Link, ids: Mapping[Branch, list[int]], step: Step, logits: str
+    model: PreTrainedModel,
+    link: Link,
+    ids: Mapping[Branch, list[int]],
+    step: Step,
+    logits: str | Sequence[int],
 ) -> Tensor:
     device = model.device
     flat = [token for row in ids.values() for token in row]
     forward_pass = ForwardPass(link, step)
     fork_cache = ForkCache(link.cache)
     fork_cache._activate(forward_pass)
-    last = step.last_indices.to(device)
-    kept = {"logits_to_keep": last} if link.keeps_logits and logits == "last" else {}
+    rows: Tensor | None = None
+    if logits == "last":
+        rows = step.last_indices.to(device)
+    elif logits != "all":
+        rows = torch.tensor(logits, dtype=torch.int64, device=device)
+    kept = {} if rows is None or not link.keeps_logits else {"logits_to_keep": rows}
     with torch.no_grad():
         output = model(
             input_ids=torch.tensor([flat], device=device),
@@ -118,8 +132,8 @@ def _run(
             **kept,
         )
     forward_pass.check_complete()
-    rows = output.logits[0]
-    return rows[last] if logits == "last" and not kept else rows
+    got: Tensor = output.logits[0]
+    return got if rows is None or kept else got[rows]
 
 
 def _token_ids(index: int, tokens: Sequence[int], link: Link) -> list[int]:

@@ -13,6 +13,7 @@ from fork_attn.reason.job import Finished, StreamEvent, ThreadEvent, TokenEvent
 from fork_attn.reason.limits import Limits
 from fork_attn.reason.protocol import Protocol, get_protocol, protocols, register
 from fork_attn.reason.script import Ended, Script, together
+from fork_attn.reason.speculation import DraftModel, PromptLookup, Speculation
 from fork_attn.reason.tags import add_tags
 from fork_attn.reason.thread import Thread
 from fork_attn.reason.trace import (
@@ -27,14 +28,17 @@ from fork_attn.reason.trace import (
 
 __all__ = [
     "CustomGenerate",
+    "DraftModel",
     "Ended",
     "Event",
     "Finished",
     "Injection",
     "Limits",
+    "PromptLookup",
     "Protocol",
     "Script",
     "Span",
+    "Speculation",
     "StepRecord",
     "StreamEvent",
     "Thread",

@@ -7,22 +7,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from fork_attn.reason.records import Log
 from fork_attn.reason.run import Run
 from fork_attn.reason.trace import Event, StepRecord, Trace
 
 
-def build_trace(run: Run, model_name: str, steps: Sequence[StepRecord]) -> Trace:
+def build_trace(
+    run: Run, model_name: str, steps: Sequence[StepRecord], speculation: dict[str, Any]
+) -> Trace:
     """The trace of a completed run.
 
     Args:
         run: the run.
         model_name: for people.
         steps: of the engine, from the run's first on.
+        speculation: `Speculation.facts`.
     """
     fed = [step for log in run.logs for step in log.fed_steps if step is not None]
     last = max(fed, default=run.first_step - 1) + 1
-    mine = _own_steps(run.logs, steps[: last - run.first_step], run.first_step)
+    mine = _own_steps(run, steps[: last - run.first_step])
     shift = run.first_step
     return Trace(
         protocol=run.protocol.name,
@@ -38,6 +40,7 @@ def build_trace(run: Run, model_name: str, steps: Sequence[StepRecord]) -> Trace
         seed=run.seed,
         sampling=_plain(run.sampler.config.to_diff_dict()),
         limits=asdict(run.limits),
+        speculation=speculation,
         page_size=run.cache.page_size,
         pages_shared=run.pages_shared,
     )
@@ -47,19 +50,24 @@ def _shifted(event: Event, by: int) -> Event:
     return replace(event, step=max(event.step - by, 0))
 
 
-def _own_steps(
-    logs: Sequence[Log], steps: Sequence[StepRecord], first: int
-) -> tuple[StepRecord, ...]:
-    """Steps with width and tokens of these logs alone."""
-    width, tokens = [0] * len(steps), [0] * len(steps)
-    for log in logs:
+def _own_steps(run: Run, steps: Sequence[StepRecord]) -> tuple[StepRecord, ...]:
+    """Steps with width, tokens and drafts of one run alone."""
+    first = run.first_step
+    width, tokens, accepted = ([0] * len(steps) for _ in range(3))
+    for log in run.logs:
         fed = Counter(step - first for step in log.fed_steps if step is not None)
         for step, count in fed.items():
             width[step] += 1
             tokens[step] += count
-    return tuple(
-        replace(step, width=w, tokens=t) for step, w, t in zip(steps, width, tokens, strict=True)
-    )
+        for took, gave in zip(log.fed_steps, log.sampled_steps, strict=False):
+            if took is not None and took == gave:
+                accepted[took - first] += 1
+    mine: list[StepRecord] = []
+    for i, record in enumerate(steps):
+        drafts, drafted = run.drafted.get(first + i, (0, 0))
+        counts = {"drafts": drafts, "drafted": drafted, "accepted": accepted[i]}
+        mine.append(replace(record, width=width[i], tokens=tokens[i], **counts))
+    return tuple(mine)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fork_attn.errors import Unsupported
 from fork_attn.reason.job import Finished, Job
 from fork_attn.reason.limits import Limits
 from fork_attn.reason.protocol import Protocol, get_protocol
+from fork_attn.reason.speculation import Speculation
 from fork_attn.reason.trace import Trace
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class CustomGenerate:
     Args:
         tokenizer: the model's.
         protocol: as for `generate`.
-        limits, seed: as for `generate`.
+        limits, seed, speculation: as for `generate`.
 
     Attributes:
         traces: of the last call, one for each prompt.
@@ -49,10 +50,11 @@ class CustomGenerate:
         *,
         limits: Limits | None = None,
         seed: int = 0,
+        speculation: Speculation | None = None,
     ) -> None:
         self.tokenizer, self.protocol = tokenizer, get_protocol(protocol)
         self.limits = Limits() if limits is None else limits
-        self.seed = seed
+        self.seed, self.speculation = seed, speculation
         self.traces: list[Trace] = []
 
     def __call__(
@@ -81,6 +83,7 @@ class CustomGenerate:
             generation_config,
             self._limits(generation_config, input_ids.shape[1]),
             self.seed,
+            speculation=self.speculation,
             prompt_ids=prompts,
             processors=logits_processor,
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fork_attn.hf import forward as hf_forward
+from fork_attn.reason.drafts import Drafter
 from fork_attn.reason.interrupts import Deferred
 from fork_attn.reason.kv_bias import KVBias
 from fork_attn.reason.run import Run
@@ -37,6 +38,13 @@ class Task:
         self.left = 0
         self.first = self.done = False
 
+    def race(self) -> Task | None:
+        """The outermost task around it whose scripts race: the first that ends them ends all."""
+        found, task = None, self.parent
+        while task is not None:
+            found, task = task if task.first else found, task.parent
+        return found
+
 
 class Engine:
     """Runs prompts to their ends.
@@ -48,6 +56,7 @@ class Engine:
         max_positions: the model's; a thread ends there. None: no end.
         deadline: of `time.perf_counter`; None: no end.
         bias: vectors that are added to the keys and values of threads, by segment.
+        drafter: proposes draft tokens; None: nothing is drafted.
         tell: told of events and tokens: (prompt, Event or (thread, token, logprob)).
     """
 
@@ -60,9 +69,12 @@ class Engine:
         max_positions: int | None = None,
         deadline: float | None = None,
         bias: KVBias | None = None,
+        drafter: Drafter | None = None,
         tell: Callable[[int, Any], None] | None = None,
     ) -> None:
         self.cache = cache
+        self.speculates = drafter is not None
+        self.drafter = drafter or Drafter()
         self._deadline = math.inf if deadline is None else deadline
         self._tell = tell
         self.runs: list[Run] = []
@@ -76,6 +88,7 @@ class Engine:
             forward,
             max_positions,
             bias,
+            drafter,
             tell=tell,
             end=self._end,
             exhaust=self._exhaust,
@@ -107,10 +120,12 @@ class Engine:
         finally:
             with Deferred():
                 self._stepper.abort()
+                self.drafter.abort()
                 for run in list(self._live):
                     self._close(run, "cancelled", "cancelled from outside")
                 for run in self._waiting:
                     run.complete("cancelled")
+                self.drafter.close()
 
     def _turn(self) -> bool:
         """Lets all scripts go on as far as they can, then makes a step, if there is one to make."""
@@ -129,8 +144,8 @@ class Engine:
 
     def records(self, first: int = 0) -> list[StepRecord]:
         return [
-            StepRecord(seconds, model, sampling, 0, 0, pages)
-            for seconds, model, sampling, pages in self._stepper.times[first:]
+            StepRecord(seconds, model, sampling, 0, 0, pages, drafting_seconds=drafting)
+            for seconds, model, sampling, pages, drafting in self._stepper.times[first:]
         ]
 
     # Prompts
@@ -169,6 +184,7 @@ class Engine:
         self.cache.free([thread.branch for thread in run.threads])
         for thread in run.threads:
             self.forget(thread)
+            self.drafter.forget(thread)
         run.reset()
         self._waiting.appendleft(run)
         self._preempted = True

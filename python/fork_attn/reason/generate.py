@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, overload
 from fork_attn.reason.job import Finished, Job, StreamEvent
 from fork_attn.reason.limits import Limits
 from fork_attn.reason.protocol import Protocol
+from fork_attn.reason.speculation import Speculation
 from fork_attn.reason.trace import Trace
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def generate(
     sampling: GenerationConfig | None = None,
     limits: Limits | None = None,
     seed: int = 0,
+    speculation: Speculation | None = None,
 ) -> Trace: ...
 @overload
 def generate(
@@ -39,6 +41,7 @@ def generate(
     sampling: GenerationConfig | None = None,
     limits: Limits | None = None,
     seed: int = 0,
+    speculation: Speculation | None = None,
 ) -> list[Trace]: ...
 def generate(
     model: PreTrainedModel,
@@ -50,6 +53,7 @@ def generate(
     sampling: GenerationConfig | None = None,
     limits: Limits | None = None,
     seed: int = 0,
+    speculation: Speculation | None = None,
 ) -> Trace | list[Trace]:
     """Lets a model think in threads.
 
@@ -67,6 +71,8 @@ def generate(
         limits: see `Limits`.
         seed: of the first prompt; prompt i of a list draws from seed + i. Each thread has a seed
             of its own that follows from its place in the tree, whatever runs beside it.
+        speculation: what drafts tokens: `PromptLookup`, `DraftModel`. It changes how many forwards
+            a generation takes, and not what threads say.
 
     Returns:
         A trace, or one for each prompt of a list.
@@ -75,7 +81,9 @@ def generate(
         ValueError, TypeError: an argument is off; nothing was done.
         Unsupported: the model or the sampling config asks for what is not done, by name.
     """
-    job = Job(model, tokenizer, prompt, protocol, cache, sampling, limits, seed)
+    job = Job(
+        model, tokenizer, prompt, protocol, cache, sampling, limits, seed, speculation=speculation
+    )
     traces: dict[int, Trace] = {}
     for event in job.events(tokens=False):
         if isinstance(event, Finished):
@@ -93,6 +101,7 @@ def stream(
     sampling: GenerationConfig | None = None,
     limits: Limits | None = None,
     seed: int = 0,
+    speculation: Speculation | None = None,
 ) -> Generator[StreamEvent, None, None]:
     """`generate`, event by event as it happens.
 
@@ -102,5 +111,7 @@ def stream(
     Yields:
         `TokenEvent`, `ThreadEvent`, and one `Finished` with the trace for each prompt.
     """
-    job = Job(model, tokenizer, prompt, protocol, cache, sampling, limits, seed)
+    job = Job(
+        model, tokenizer, prompt, protocol, cache, sampling, limits, seed, speculation=speculation
+    )
     return job.events(tokens=True)

@@ -15,12 +15,14 @@ from fork_attn.errors import ForeignBranch, Unsupported
 from fork_attn.hf import _link
 from fork_attn.reason.build_trace import build_trace
 from fork_attn.reason.detokenize import Detokenizer
+from fork_attn.reason.drafts import Drafter
 from fork_attn.reason.engine import Engine
 from fork_attn.reason.kv_bias import KVBias
 from fork_attn.reason.limits import Limits
 from fork_attn.reason.protocol import Protocol, get_protocol
 from fork_attn.reason.run import Run
 from fork_attn.reason.sampling import Sampler
+from fork_attn.reason.speculation import Speculation
 from fork_attn.reason.trace import Event, Trace
 from fork_attn.reason.vocabulary import Vocabulary, missing_tags
 
@@ -82,6 +84,7 @@ class Job:
         limits: Limits | None,
         seed: int,
         *,
+        speculation: Speculation | None = None,
         prompt_ids: list[list[int]] | None = None,
         processors: Sequence[Any] | None = None,
     ) -> None:
@@ -110,6 +113,8 @@ class Job:
         self._check_room()
         if self.protocol.needs_ropes:
             self._require_ropes()
+        self.speculation = speculation
+        self.drafter = None if speculation is None else self._drafter(speculation)
 
     def _bias(self) -> KVBias | None:
         vectors = getattr(self.protocol, "vectors", None)
@@ -123,6 +128,22 @@ class Job:
                 f"protocol: {self.protocol.name!r} reads tokens at other positions than those they "
                 f"were written at; {error}"
             ) from None
+
+    def _drafter(self, speculation: Speculation) -> Drafter:
+        if not isinstance(speculation, Speculation):
+            raise TypeError(
+                f"speculation: expected PromptLookup, DraftModel or another Speculation, got "
+                f"{type(speculation).__name__}"
+            )
+        if self.protocol.watches:
+            raise Unsupported(
+                f"speculation: the threads of protocol {self.protocol.name!r} see each other's "
+                "tokens while they are written, one step at a time; expected None"
+            )
+        if self.cache.backend == "flash_attn":
+            raise Unsupported("speculation: backend 'flash_attn' has no draft trees; expected None")
+        longest = max(map(len, self.prompt_ids))
+        return speculation.drafter(self.model, self.protocol, longest)
 
     def _check_room(self) -> None:
         slots = self.cache.num_pages * self.cache.page_size
@@ -159,6 +180,7 @@ class Job:
             max_positions=self.max_positions,
             deadline=None if seconds is None else time.perf_counter() + seconds,
             bias=self.bias,
+            drafter=self.drafter,
             tell=teller,
         )
         for i, (text, ids) in enumerate(zip(self.prompts, self.prompt_ids, strict=True)):
@@ -191,7 +213,9 @@ class Job:
             if run.finish is not None and run.index not in told:
                 told.add(run.index)
                 steps = engine.records(run.first_step)
-                yield Finished(run.index, build_trace(run, type(self.model).__name__, steps))
+                facts = {} if self.speculation is None else self.speculation.facts()
+                trace = build_trace(run, type(self.model).__name__, steps, facts)
+                yield Finished(run.index, trace)
 
 
 class _Teller:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,18 +18,20 @@ if TYPE_CHECKING:
 _PROTOCOLS: dict[str, Protocol] = {}
 
 
-class Protocol:
+class Protocol(ABC):
     """How a system thinks in threads. Subclasses are frozen dataclasses; see `docs/protocols.md`.
 
     Attributes:
         name: by which `generate` knows it.
         needs_chat: the prompt is a question that goes through the tokenizer's chat template.
         needs_ropes: its threads see tokens at other positions than those they were written at.
+        watches: its threads see each other's tokens while they are written.
     """
 
     name: str
     needs_chat: ClassVar[bool] = False
     needs_ropes: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
 
     def tags(self) -> tuple[str, ...]:
         """Texts that must be one token each."""
@@ -52,6 +55,7 @@ class Protocol:
         """What a chat model is asked."""
         return prompt
 
+    @abstractmethod
     def run(self, root: Thread) -> Script:
         """Drives one prompt.
 
@@ -61,7 +65,6 @@ class Protocol:
         Returns:
             The answer's spans, or None for what the root sees and wrote.
         """
-        raise NotImplementedError
 
     def cut_off(self, threads: Sequence[Thread]) -> tuple[Span, ...]:
         """The answer where a limit or a cancellation ends the run: what the live threads wrote,

@@ -14,6 +14,7 @@ from fork_attn.reason.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from fork_attn import ForkedKVCache
+    from fork_attn.reason.drafts import Drafter
     from fork_attn.reason.engine import Engine
     from fork_attn.reason.protocol import Protocol
 
@@ -61,11 +62,16 @@ class Run:
         self.final = 0
         self.first_step = 0
         self.pages_shared = 0
+        self.drafted: dict[int, tuple[int, int]] = {}  # per step: threads with a draft, its tokens
         self.stalled = 0  # threads that a limit ended since the last one that was fed
 
     @property
     def cache(self) -> ForkedKVCache:
         return self.engine.cache
+
+    @property
+    def drafter(self) -> Drafter:
+        return self.engine.drafter
 
     @property
     def step(self) -> int:
@@ -78,6 +84,7 @@ class Run:
         log = self._log("root", "root", (), (), 0, thread_seed(self.seed, ()))
         root = Thread(self, self.cache.new_branch(), log, None, ())
         self.threads[root] = None
+        self.drafter.begin(root)
         root.inject(self.prompt_ids, "prompt")
         return root
 
@@ -137,6 +144,10 @@ class Run:
                 child.logits, child.logits_step = thread.logits, thread.logits_step
             self.threads[child] = None
             children.append(child)
+            if fresh:
+                self.drafter.begin(child)
+        if not fresh:
+            self.drafter.fork(thread, children)
         ids = tuple(child.log.id for child in children)
         self.event(Event(self.step, "fork", parent, ids, tokens_reused=n * length))
         if detach:
@@ -180,11 +191,13 @@ class Run:
         for child in taken:
             seen = records.union(seen, child.visible())
         if taken:
+            self.drafter.join(parent, taken, position, how == "rebase")
             branches = [child.branch for child in taken]
             parent.branch.join(branches, position=position, rebase=how == "rebase")
         self._end(taken, "joined")
         self.free([child for child in children if child not in taken], "joined")
         if keep is not None:
+            self.drafter.crop(parent, keep)
             parent.branch.crop(keep)
             before = seen = records.prefix(seen, keep)
             parent.base = min(parent.base, keep)
@@ -210,6 +223,7 @@ class Run:
         losers = [t for t in self.threads if t is not child and _descends(t, parent)]
         old, seen = parent.log.id, child.visible()
         parents = (child.log.id, *(loser.log.id for loser in losers))
+        self.drafter.select(parent, child)
         parent.branch.select(child.branch)
         self._end([child], "joined")
         self._end(losers, "pruned", "not selected")
@@ -222,6 +236,7 @@ class Run:
         old = thread.log
         thread.drop_pending()
         seen = records.prefix(thread.visible(), length)
+        self.drafter.crop(thread, length)
         thread.branch.crop(length)
         thread.base = min(thread.base, length)
         self._go_on(thread, label or thread.label, (old.id,), seen)
@@ -236,6 +251,7 @@ class Run:
         """Ends threads whose branches are gone."""
         for thread in threads:
             del self.threads[thread]
+            self.drafter.forget(thread)
             thread.log.drop(len(thread.queue))
             thread.queue = []
             thread.log.status = thread.log.status or status

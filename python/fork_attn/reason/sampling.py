@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -116,14 +117,7 @@ class Sampler:
         Returns:
             n token ids; n log-probabilities under the distribution that they were picked from.
         """
-        scores = logits.float()
-        if self._context:
-            scores = torch.cat(
-                [self._with_context(scores[i : i + 1], t) for i, t in enumerate(threads)]
-            )
-        if self._warpers:
-            no_ids = torch.empty((len(threads), 0), dtype=torch.int64)
-            scores = self._warpers(no_ids, scores)  # type: ignore[arg-type]
+        scores = self.scores(logits, threads)
         if self.greedy:
             ids = scores.argmax(-1, keepdim=True)
         else:
@@ -135,12 +129,62 @@ class Sampler:
         logprobs = scores.gather(-1, ids) - scores.logsumexp(-1, keepdim=True)
         return ids.flatten().tolist(), logprobs.flatten().tolist()
 
+    def scores(self, logits: torch.Tensor, threads: Sequence[Thread]) -> torch.Tensor:
+        """What `pick` picks from: logits (n, vocab), processed, in float32."""
+        scores = logits.float()
+        if self._context:
+            scores = torch.cat(
+                [self._with_context(scores[i : i + 1], t) for i, t in enumerate(threads)]
+            )
+        if self._warpers:
+            no_ids = torch.empty((len(threads), 0), dtype=torch.int64)
+            scores = self._warpers(no_ids, scores)  # type: ignore[arg-type]
+        return scores
+
     def _with_context(self, row: torch.Tensor, thread: Thread) -> torch.Tensor:
         """One row of scores, changed by what its thread has seen so far."""
         seen = torch.tensor([thread.context_ids()], device=row.device)
         for processor in self._context:
             row = processor(seen, row)
         return row
+
+
+def pick_all(threads: Sequence[Thread], logits: torch.Tensor) -> tuple[list[int], list[float]]:
+    """A token for each thread, and its log-probability; those with the same sampler together.
+
+    Args:
+        threads: n threads.
+        logits: (n, vocab).
+    """
+    first = threads[0].sampler
+    if all(thread.sampler is first for thread in threads):
+        return first.pick(logits, threads)
+    ids, logprobs = [0] * len(threads), [0.0] * len(threads)
+    for sampler in dict.fromkeys(thread.sampler for thread in threads):
+        rows = [i for i, thread in enumerate(threads) if thread.sampler is sampler]
+        picked = sampler.pick(logits[rows], [threads[i] for i in rows])
+        for i, token, logprob in zip(rows, *picked, strict=True):
+            ids[i], logprobs[i] = token, logprob
+    return ids, logprobs
+
+
+def likeliest(threads: Sequence[Thread], logits: torch.Tensor, count: int) -> list[list[int]]:
+    """For each thread at most `count` tokens that it may pick, the likeliest first.
+
+    Args:
+        threads: n threads.
+        logits: (n, vocab).
+    """
+    found: list[list[int]] = [[] for _ in threads]
+    for sampler in dict.fromkeys(thread.sampler for thread in threads):
+        rows = [i for i, thread in enumerate(threads) if thread.sampler is sampler]
+        scores = sampler.scores(logits[rows], [threads[i] for i in rows])
+        top = scores.topk(min(count, scores.shape[-1]), dim=-1)
+        for i, values, ids in zip(rows, top.values.tolist(), top.indices.tolist(), strict=True):
+            found[i] = [
+                token for token, value in zip(ids, values, strict=True) if value > -math.inf
+            ]
+    return found
 
 
 def _context_processors(config: GenerationConfig) -> list[LogitsProcessor]:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from fork_attn.errors import Unsupported
 from fork_attn.reason import records
 from fork_attn.reason.detokenize import Detokenizer, text_of
 from fork_attn.reason.sampling import Sampler
@@ -51,6 +52,7 @@ class Thread:
         self.base = 0  # tokens that it saw when it was forked
         # What the engine works on.
         self.queue: list[int] = []
+        self.ahead = 0  # tokens fed in the step that is still open
         self.position = branch.position
         self.goal: Literal["write", "flush"] | None = None
         self.stops: dict[int, str] = {}
@@ -83,7 +85,7 @@ class Thread:
     @property
     def length(self) -> int:
         """Tokens that it sees; those of the queue not counted. A mark for `rollback`."""
-        return self.branch.length
+        return self.branch.length + self.ahead
 
     def context_ids(self) -> list[int]:
         """All tokens that it sees, and its queue."""
@@ -210,10 +212,16 @@ class Thread:
         self.tail = self.tail[-longest:] + piece
         return next((text for text in self.texts if text in self.tail), "")
 
-    def new_pages(self) -> int:
-        """Pages that its queue needs beyond those it holds."""
+    def new_pages(self, drafted: int = 0) -> int:
+        """Pages that its queue, and so many draft tokens behind it, need beyond those it holds."""
         own, size = self.length - self.base, self.run.cache.page_size
-        return -(-(own + len(self.queue)) // size) - -(-own // size)
+        return -(-(own + len(self.queue) + drafted) // size) - -(-own // size)
+
+    def slots(self, pages: int) -> int:
+        """Draft tokens that fit behind its queue, in the queue's last page and so many more."""
+        own, size = self.length - self.base, self.run.cache.page_size
+        end = own + len(self.queue)
+        return (-(-end // size) + pages) * size - end
 
     def _budget(self, max_tokens: int | None) -> None:
         most = self.run.limits.max_thread_tokens
@@ -295,10 +303,20 @@ class Thread:
 
     def move(self, position: int) -> None:
         """Its next token stands at `position`."""
+        self.run.drafter.move(self)
         self.branch.position = self.position = position
 
     def watch(self, other: Thread, *, lag: int = 0, rebase: bool = True) -> None:
-        """From now on sees what another thread writes, see `Branch.watch`."""
+        """From now on sees what another thread writes, see `Branch.watch`.
+
+        Raises:
+            Unsupported: threads draft tokens.
+        """
+        if self.run.engine.speculates:
+            raise Unsupported(
+                "watch: a thread that drafts tokens cannot be watched while it writes; expected "
+                "speculation=None"
+            )
         self.branch.watch(other.branch, lag=lag, rebase=rebase)
         self.log.watches.append(Watching(other.log.id, lag, rebase, self.length))
 

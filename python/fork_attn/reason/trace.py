@@ -139,6 +139,12 @@ class ThreadRecord:
             flags[injection.start : injection.end] = [True] * (injection.end - injection.start)
         return tuple(flags)
 
+    @property
+    def num_accepted(self) -> int:
+        """Tokens that were drafted: a step sampled them from its logits and had been fed them."""
+        pairs = zip(self.sampled_steps, self.fed_steps, strict=True)
+        return sum(sampled is not None and sampled == fed for sampled, fed in pairs)
+
     def slice_text(self, start: int, end: int) -> str:
         """The text of tokens [start, end)."""
         ends = (0, *self.text_ends)
@@ -190,6 +196,9 @@ class StepRecord:
         width: threads of this trace that it fed.
         tokens: tokens that it fed to them.
         pages_live: pages in use in the cache, after it.
+        drafting_seconds: of `seconds` in drafting.
+        drafts: threads of this trace that it verified a draft of.
+        drafted: tokens of these drafts; accepted: those of them that were kept.
     """
 
     seconds: float
@@ -198,11 +207,16 @@ class StepRecord:
     width: int
     tokens: int
     pages_live: int
+    drafting_seconds: float = 0.0
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def coordination_seconds(self) -> float:
         """What is left: forks, joins, slots, plans, tags, records."""
-        return self.seconds - self.model_seconds - self.sampling_seconds
+        worked = self.model_seconds + self.sampling_seconds + self.drafting_seconds
+        return self.seconds - worked
 
 
 @dataclass(frozen=True)
@@ -221,6 +235,7 @@ class Trace:
         final: the record that was written last on the way to the answer.
         finish: "done", or what cut it off.
         seed: of the whole; sampling, limits: what was asked for, as plain values.
+        speculation: what drafted tokens, as plain values; empty where nothing did.
         page_size: tokens per page; pages_shared: most pages that were seen by two branches or more
             at once, in the whole cache.
     """
@@ -238,6 +253,7 @@ class Trace:
     seed: int = 0
     sampling: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, Any] = field(default_factory=dict)
+    speculation: dict[str, Any] = field(default_factory=dict)
     page_size: int = 16
     pages_shared: int = 0
 
@@ -267,16 +283,54 @@ class Trace:
 
         Threads that were pruned or cancelled count only where another went on from them.
         """
-        longest = [0] * len(self.threads)
-        for thread in self.threads:
-            above = max((longest[p] for p in thread.parents), default=0)
-            longest[thread.id] = above + thread.num_sampled
+        longest = self._chains(lambda thread: thread.num_sampled)
         waited = {parent for thread in self.threads for parent in thread.parents}
         return max(
             longest[t.id]
             for t in self.threads
             if t.id == self.final or t.id in waited or t.status not in ("pruned", "cancelled")
         )
+
+    def _chains(self, cost: Callable[[ThreadRecord], int]) -> list[int]:
+        """For each thread the cost of the dearest chain of threads that leads to its end."""
+        longest = [0] * len(self.threads)
+        for thread in self.threads:
+            above = max((longest[p] for p in thread.parents), default=0)
+            longest[thread.id] = above + cost(thread)
+        return longest
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Draft tokens that steps verified."""
+        return sum(step.drafted for step in self.steps)
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Draft tokens that were kept."""
+        return sum(step.accepted for step in self.steps)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted tokens. Of a tree with several candidates at most one path can be
+        accepted."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
+
+    @property
+    def accepted_per_draft(self) -> float:
+        """Tokens that a thread's draft brought it in one step, on average."""
+        drafts = sum(step.drafts for step in self.steps)
+        return self.accepted_tokens / drafts if drafts else 0.0
+
+    @cached_property
+    def steps_saved(self) -> int:
+        """Forwards by which drafts shortened the longest chain of threads of which each follows
+        the one before: each accepted token stands for one."""
+
+        def steps(thread: ThreadRecord) -> int:
+            return len({step for step in thread.fed_steps if step is not None})
+
+        plain = self._chains(lambda thread: steps(thread) + thread.num_accepted)
+        return max(plain) - max(self._chains(steps))
 
     @property
     def parallel_degree(self) -> float:
@@ -299,7 +353,7 @@ class Trace:
 
     @property
     def coordination_share(self) -> float:
-        """Share of the time that went neither into the model nor into sampling."""
+        """Share of the time that went neither into the model, sampling nor drafting."""
         spent = sum(step.coordination_seconds for step in self.steps)
         return spent / self.seconds if self.steps else 0.0
 

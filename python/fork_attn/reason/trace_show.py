@@ -54,6 +54,12 @@ def summary(trace: Trace) -> str:
             f"{len(trace.steps)} steps in {trace.seconds:.2f} s, {trace.coordination_share:.1%} of "
             f"it outside model and sampling; at most {trace.pages_shared} pages shared."
         )
+    if trace.speculation:
+        lines.append(
+            f"{trace.accepted_tokens} of {trace.drafted_tokens} draft tokens accepted "
+            f"({trace.acceptance_rate:.0%}), {trace.accepted_per_draft:.2f} a draft: "
+            f"{trace.steps_saved} steps saved."
+        )
     if trace.finish != "done":
         lines.append(f"Ended early: {trace.finish}.")
     return "\n".join(lines)

@@ -36,6 +36,14 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="of the KV cache, such as 2GiB")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
 
+    parser.add_argument(
+        "--speculate", metavar="lookup|NAME_OR_DIR",
+        help="draft tokens by prompt lookup, or with a smaller model of the same vocabulary",
+    )  # fmt: skip
+    parser.add_argument(
+        "--draft-tokens", type=int, metavar="N", help="draft tokens of a thread's step at most"
+    )
+
     sampling = parser.add_argument_group(
         "sampling", "what is left out is as the model's own generation config says"
     )

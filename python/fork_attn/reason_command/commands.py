@@ -37,12 +37,13 @@ def generate(args: argparse.Namespace) -> int:
     protocol = _protocol(args.protocol, args.options)
     limits = _limits(args)
     _check_files(args)
-    model, tokenizer = _load(args)
+    model, tokenizer = _load(args, args.model)
+    speculation = _speculation(args)
     sampling = _sampling(args, model)
     hf.attach(model, **({"memory": args.memory} if args.memory else {}))
     events = reason.stream(
         model, tokenizer, prompt, protocol=protocol, sampling=sampling, limits=limits,
-        seed=args.seed,
+        seed=args.seed, speculation=speculation,
     )  # fmt: skip
     shown = not (args.answer or args.no_live)
     with contextlib.closing(events), Live(Console(stderr=True), enabled=shown) as live:
@@ -130,20 +131,32 @@ def _limits(args: argparse.Namespace) -> reason.Limits:
     return reason.Limits(**{name: value for name, value in given.items() if value is not None})
 
 
-def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _speculation(args: argparse.Namespace) -> reason.Speculation | None:
+    """What drafts tokens, by `--speculate`; None where nothing shall."""
+    if args.speculate is None:
+        if args.draft_tokens is not None:
+            raise ValueError("--draft-tokens: expected --speculate beside it, got none")
+        return None
+    count = {} if args.draft_tokens is None else {"num_tokens": args.draft_tokens}
+    if args.speculate == "lookup":
+        return reason.PromptLookup(**count)
+    return reason.DraftModel(_load(args, args.speculate, "--speculate")[0], **count)
+
+
+def _load(
+    args: argparse.Namespace, name: str, option: str = "--model"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype, None)
     if dtype != "auto" and not getattr(dtype, "is_floating_point", False):
         raise ValueError(f"--dtype: expected auto or a dtype such as bfloat16, got {args.dtype!r}")
-    if args.model.startswith(("/", ".", "~")) and not Path(args.model).expanduser().is_dir():
-        raise ValueError(
-            f"--model: expected a model's name or directory, {args.model} is no directory"
-        )
+    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"{option}: expected a model's name or directory, {name} is no directory")
     with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     return model.eval().to(args.device), tokenizer
 
 

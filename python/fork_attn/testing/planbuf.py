@@ -111,6 +111,7 @@ def build_plan(
                 _add_run(lists, run, len(block.rows))
             lists.items.append([index, begin, len(lists.runs), -1])
     merge_lists, num_partial_rows = _assign_partials(lists, num_tokens, partials)
+    merged = [sum(len(merge_lists[row]) for row in block.rows) for block in blocks]
     sizes = {
         "num_tokens": num_tokens,
         "num_partial_rows": num_partial_rows,
@@ -119,6 +120,7 @@ def build_plan(
         "window": window,
         "page_limit": 1 + max([*lists.pages, *(s // page_size for s in lists.gather)], default=-1),
         "max_block_tokens": max(lists.blocks[1::2], default=0),
+        "max_merge_rows": max(merged, default=0),
     }
     return _serialise(lists, merge_lists, sizes, rotations, span_items)
 

@@ -32,14 +32,21 @@ class Compiled:
     shared: int  # bytes per program
     instructions: int
     spills: int  # local loads and stores
-    hot_spills: int  # of these, in basic blocks with products: the inner loops
-    hgmma: int  # warpgroup products
+    loop_spills: tuple[int, ...]  # of these, in each basic block with products: the inner loops
+    hgmma: int  # warpgroup products; like the next two, without functions that are called
     hmma: int  # warp products of 16-bit elements
     tcgen05: int
+    product_waits: int  # for warpgroup products
     tma_loads: int
     wide_loads: int  # 128 bits to registers or, asynchronously, to shared memory
     atomics: int
     ptx: str
+    ttgir: str  # with every tensor's layout
+
+    @property
+    def hot_spills(self) -> int:
+        """Local loads and stores in the inner loops."""
+        return sum(self.loop_spills)
 
 
 def compile_kernel(
@@ -51,6 +58,7 @@ def compile_kernel(
     aligned: Sequence[str] = (),
     num_warps: int = 4,
     num_stages: int = 3,
+    fuse: bool = True,
 ) -> Compiled:
     """Compiles `kernel` for sm_`arch`.
 
@@ -61,14 +69,14 @@ def compile_kernel(
         constants: the values of the constexpr parameters.
         arch: 80, 90 or 100.
         aligned: parameters that are divisible by 16, as the JIT would see.
-        num_warps, num_stages: as in a launch.
+        num_warps, num_stages: as in a launch; `fuse` is its enable_fp_fusion.
     """
     names = list(signature)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(
         fn=kernel, signature=dict(signature), constexprs=dict(constants), attrs=attributes
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
@@ -77,36 +85,39 @@ def compile_kernel(
         sass = _run("nvdisasm", "-c", file)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    operations = _OPERATION.findall(sass)
+    kernel = re.split(r"^\$\w", sass, maxsplit=1, flags=re.MULTILINE)[0]  # functions follow it
+    everything, own = _OPERATION.findall(sass), _OPERATION.findall(kernel)
 
-    def count(pattern: str) -> int:
+    def count(pattern: str, operations: list[str] = everything) -> int:
         return sum(bool(re.match(pattern, operation)) for operation in operations)
 
     return Compiled(
         registers=int(found[1]),
         stack=int(found[2]),
         shared=result.metadata.shared,
-        instructions=len(operations),
+        instructions=len(everything),
         spills=count("LDL|STL"),
-        hot_spills=_hot_spills(sass),
-        hgmma=count("HGMMA"),
-        hmma=count("HMMA"),
-        tcgen05=count(r"UTC.*MMA"),
+        loop_spills=_loop_spills(kernel),
+        hgmma=count("HGMMA", own),
+        hmma=count("HMMA", own),
+        tcgen05=count(r"UTC.*MMA", own),
+        product_waits=count(r"WARPGROUP\.DEPBAR", own),
         tma_loads=count("UTMALDG|UBLKCP"),
         wide_loads=count(r"LDG\.E(\.\w+)*\.128|LDGSTS.*128"),
         atomics=count("ATOM"),
         ptx=result.asm["ptx"],
+        ttgir=result.asm["ttgir"],
     )
 
 
-def _hot_spills(sass: str) -> int:
-    total = 0
+def _loop_spills(sass: str) -> tuple[int, ...]:
+    spills = []
     for block in re.split(r"^\.L_x_\d+:", sass, flags=re.MULTILINE):
         operations = _OPERATION.findall(block)
         products = sum(bool(re.match(r"HG?MMA|UTC.*MMA", x)) for x in operations)
         if products or operations.count("FFMA") > 500:
-            total += sum(bool(re.match("LDL|STL", x)) for x in operations)
-    return total
+            spills.append(sum(bool(re.match("LDL|STL", x)) for x in operations))
+    return tuple(spills)
 
 
 def _run(tool: str, *arguments: object) -> str:

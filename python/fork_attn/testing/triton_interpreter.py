@@ -5,6 +5,8 @@ Import with TRITON_INTERPRET=1 set, before any kernel runs; `install` patches th
 * As it comes, the interpreter multiplies bf16 as integers, truncates where it should round, and
   rounds to fp8 wrongly. Casts here are torch's (fp8 saturates, as the hardware's instruction does),
   products of 16- and 8-bit tiles are fp32, and other arithmetic on bf16 or fp8 raises.
+* Products are BLAS's, which may round a row as its neighbours make it; not within
+  `row_independent_products`.
 * Any active lane outside the tensors of a launch raises IndexError.
 """
 
@@ -36,6 +38,7 @@ _Builder = interpreter.InterpreterBuilder
 _Handle = interpreter.TensorHandle
 _memory: list[tuple[np.uint64, np.uint64]] = []  # of the launch's tensors
 _order: list[Callable[[int], Sequence[int]] | None] = [None]
+_row_independent = [False]
 
 
 def _tensor(data: np.ndarray, dtype: Any) -> torch.Tensor:
@@ -69,8 +72,18 @@ def _exact_cast(original: Callable[..., Any]) -> Callable[..., Any]:
     return cast
 
 
+def _product_by_rows(a: Any, b: Any, d: Any) -> np.ndarray:
+    left, right = (_tensor(x.data, x.dtype.scalar).float().numpy() for x in (a, b))
+    total = d.data.astype(np.float32)
+    for k in range(left.shape[1]):  # elementwise: rows cannot know of each other
+        total += left[:, k, None] * right[k]
+    return total.astype(d.data.dtype)
+
+
 def _exact_dot(original: Callable[..., Any]) -> Callable[..., Any]:
     def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if _row_independent[0]:
+            return _Handle(_product_by_rows(a, b, d), d.dtype.scalar)
         low = (*_AS_INTEGERS, tl.float16)
         if a.dtype.scalar not in low and b.dtype.scalar not in low:
             return original(self, a, b, d, *rest)
@@ -149,6 +162,17 @@ def program_order(choose: Callable[[int], Sequence[int]]) -> Iterator[None]:
         yield
     finally:
         _order[0] = None
+
+
+@contextmanager
+def row_independent_products() -> Iterator[None]:
+    """Within it a row of a product has the same bits wherever it stands and whatever others are, as
+    tensor cores' rows have: each element is one sum over k, from the accumulator on."""
+    _row_independent[0] = True
+    try:
+        yield
+    finally:
+        _row_independent[0] = False
 
 
 _installed: list[bool] = []

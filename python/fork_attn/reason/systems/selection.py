@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ class _Samples(Protocol):
         best = yield from self._choose(samples)
         return best.answer()
 
+    @abstractmethod
     def _choose(self, samples: list[Thread]) -> Script:
-        raise NotImplementedError
+        """Drives the samples and returns the one that answers."""
 
     def cut_off(self, threads: Sequence[Thread]) -> tuple[Span, ...]:
         writing = [thread for thread in threads if not thread.waiting]

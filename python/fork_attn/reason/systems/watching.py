@@ -32,6 +32,7 @@ class Hogwild(Protocol):
     name: str = "hogwild"
     needs_chat: ClassVar[bool] = True
     needs_ropes: ClassVar[bool] = True
+    watches: ClassVar[bool] = True
     workers: tuple[str, ...] = ("Alice", "Bob")
     task: str = (
         "{names} solve this together. Each sees the others' text while it is written. Divide the "

@@ -1,0 +1,111 @@
+"""Generations with drafts beside the same ones without: what must not differ, and a drafter that
+knows what a script will say and lies now and then."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from reason_pair import Forced, run_forced
+
+from fork_attn.reason import Speculation, Thread, Trace
+from fork_attn.reason.drafts import Drafter, DraftTree
+
+
+class Peek(Speculation):
+    """Drafts what `Forced` will pick, with wrong siblings, and wrong tokens in its middle."""
+
+    def __init__(self, seed: int = 0, most: int = 6, lies: float = 0.3) -> None:
+        self.seed, self.most, self.lies = seed, most, lies
+
+    def drafter(self, *args: Any) -> Drafter:
+        return _Peeking(self)
+
+
+class _Peeking(Drafter):
+    def __init__(self, peek: Peek) -> None:
+        self._peek, self._rng = peek, random.Random(peek.seed)
+
+    def propose(self, wanted: Mapping[Thread, int]) -> dict[Thread, DraftTree]:
+        trees = {}
+        for thread, most in wanted.items():
+            forced: Any = thread.sampler
+            done = forced.count.get(thread.path, 0)
+            rest = forced.script[thread.path][done : done + min(most, self._peek.most)]
+            tree, node = DraftTree(), -1
+            for token in rest:
+                if self._rng.random() < self._peek.lies:
+                    tree.add((token + 1) % 7, node)
+                if self._rng.random() < self._peek.lies / 2:
+                    node = tree.add((token + 2) % 7, node)
+                    continue
+                node = tree.add(token, node)
+            if len(tree):
+                trees[thread] = tree
+        return trees
+
+
+def plain_and_drafted(
+    model: Any, tokenizer: Any, prompts: Any, protocol: Any, forced: Any, **options: Any
+) -> list[Trace]:
+    """`run_forced` with drafts, held against a run without; the traces of the one with drafts."""
+    samplers = forced if isinstance(forced, list) else [forced]
+    speculation = options.pop("speculation", Peek())
+    fresh = [Forced(sampler.script) for sampler in samplers]
+    plain = run_forced(copy.deepcopy(model), tokenizer, prompts, protocol, fresh, **options)
+    drafted = run_forced(
+        model, tokenizer, prompts, protocol, forced, speculation=speculation, **options
+    )
+    for want, got in zip(plain, drafted, strict=True):
+        assert_same(want, got)
+        off = got.steps_saved - (len(want.steps) - len(got.steps))
+        assert off == 0 or (off == 1 and got.protocol in ("apar", "pasta")), (
+            f"{got.steps_saved} steps saved, {len(want.steps)} steps became {len(got.steps)}"
+        )
+    return drafted
+
+
+def story(trace: Trace) -> dict[str, Any]:
+    """A trace without times and steps, and without the order in which records were numbered: which
+    of two threads forks first may depend on drafts."""
+    count: Counter[int] = Counter()
+    names: dict[int | None, Any] = {None: None}
+    for thread in trace.threads:
+        names[thread.id] = (thread.seed, count[thread.seed])
+        count[thread.seed] += 1
+
+    def spans(given: Any) -> list[Any]:
+        return [(names[span.thread], span.start, span.end) for span in given]
+
+    threads = {
+        names[t.id]: (
+            t.kind, t.label, [names[p] for p in t.parents], spans(t.context), t.depth, t.token_ids,
+            t.positions, t.status, t.note, t.text,
+            [(i.start, i.end, i.kind, names[i.source]) for i in t.injections],
+        )
+        for t in trace.threads
+    }  # fmt: skip
+    events = sorted(
+        str((e.kind, names[e.thread], [names[o] for o in e.others], names[e.into], e.join,
+             e.position, e.tokens_reused, e.note))
+        for e in trace.events
+    )  # fmt: skip
+    return {
+        "threads": threads,
+        "events": events,
+        "answer": spans(trace.answer),
+        "final": names[trace.final],
+        "finish": trace.finish,
+    }
+
+
+def assert_same(want: Trace, got: Trace) -> None:
+    """Both say the same, with the same log-probabilities."""
+    assert story(got) == story(want)
+    by_seed = [sorted(trace.threads, key=lambda t: (t.seed, t.id)) for trace in (want, got)]
+    for one, other in zip(*by_seed, strict=True):
+        assert other.logprobs == pytest.approx(one.logprobs, abs=1e-4)
