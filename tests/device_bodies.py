@@ -313,7 +313,7 @@ def what_nobody_sees_is_nan(device: str, dtype: torch.dtype, tail: str) -> None:
     """Random verbs and steps over poisoned memory, against the oracle. FORK_ATTN_DEBUG=poison is
     set by the test."""
     pair = device_pair(device, dtype, tail)
-    assert pair.cache._scrub is not None
+    assert pair.cache._books._scrub is not None
     root = pair.new_branch()
     pair.step({root: 11}, attend=True)
     kids = pair.fork(root, 4)
