@@ -53,9 +53,9 @@ bench: $(VENV)/.installed-dev $(VENV)/.weights build/cpp  ## on a quiet CPU, und
 	$(CMAKE) --build build/cpp --target cpp_benchmarks
 	for program in build/cpp/bench_*; do ./$$program || exit 1; done
 	$(PY) -m pytest benchmarks -q --benchmark-columns=min,median,max $(ARGS)
-	$(PY) -m fork_attn bench --device cpu --seconds 1 --json $(RESULTS)/suite_cpu.json
+	$(PY) -m fork_attn bench --device cpu --seconds 0.7 --json $(RESULTS)/suite_cpu.json
 	$(PY) benchmarks/end_to_end.py --json $(RESULTS)/end_to_end_cpu.json
-	$(PY) benchmarks/reasoning.py --json $(RESULTS)/reasoning_cpu.json
+	$(PY) benchmarks/reasoning.py --rounds 2 --json $(RESULTS)/reasoning_cpu.json
 	$(PY) benchmarks/report.py
 
 bench-report: $(VENV)/.installed-dev  ## README's headline, docs/benchmarks.md and pictures from committed results

@@ -56,15 +56,15 @@ def _cpu_model() -> str:
 
 
 def commit() -> str:
-    """The commit measured, "-dirty" if anything but results has been changed since; from the
-    variable COMMIT where the tree travels without its history."""
+    """The commit measured, "-dirty" if anything but results and documents has been changed since;
+    from the variable COMMIT where the tree travels without its history."""
     # Found from the extension: this file lies elsewhere when the package is installed editable.
     folder = Path(fork_attn.__file__).resolve().parent
     described = _output("git", "describe", "--always", "--abbrev=12", cwd=folder)
     if not described:
         return os.environ.get("COMMIT") or "unknown"
     # One run writes several files: the first must not mark those after it.
-    others = (":(top)", ":(top,exclude)benchmarks/results")
+    others = (":(top)", *(f":(top,exclude){p}" for p in ("benchmarks/results", "docs", "*.md")))
     changed = _output("git", "status", "--porcelain", "-uno", "--", *others, cwd=folder)
     return f"{described}-dirty" if changed else described
 
