@@ -145,7 +145,7 @@ def test_random_steps_and_shifts(tail: str) -> None:
             elif verb == "fork" and len(live) < 6:
                 pair.fork(some[0], rng.randint(1, 3))
             elif verb == "join" and len(some) > 1 and not watched(pair, some):
-                pair.join(some[0], some[1:], rebase=True)
+                join_end_to_end(pair, some[0], some[1:])
             elif verb == "watch" and len(some) > 1 and not pair.watches(some[0], some[1]):
                 pair.watch(some[0], some[1], rng.randint(0, 1))
             elif verb == "free" and len(live) > len(some):
@@ -153,6 +153,15 @@ def test_random_steps_and_shifts(tail: str) -> None:
         except OutOfPages:
             pair.free(*live[1:])
     assert shifted > 5, f"seed {seed}"
+
+
+def join_end_to_end(pair: CachePair, parent: Branch, children: list[Branch]) -> None:
+    """Joins, or is refused as children are that hold one token at two positions."""
+    before = pair.digest()
+    try:
+        pair.join(parent, children, rebase=True)
+    except ValueError as error:
+        assert "stands at two different positions" in str(error) and pair.digest() == before
 
 
 def watched(pair: CachePair, branches: list[Branch]) -> bool:
