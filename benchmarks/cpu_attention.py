@@ -14,9 +14,9 @@ import argparse
 import dataclasses
 import gc
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from cpu_cases import SUFFIX, Case, Forked, Inputs, rivals
 from cpu_machine import load_average, machine, matmul_rate, stream_bandwidth
 from cpu_timing import Timer
 from torch import Tensor
+
+from fork_attn.bench import results
 
 PREFIXES = (1024, 4096, 16384, 32768)
 BRANCHES = (1, 2, 4, 8, 16, 32)
@@ -135,12 +137,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
 
-    def save(result: dict[str, Any]) -> None:
-        if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
-
-    measure(args.quick, args.seconds, save)
+    measure(args.quick, args.seconds, partial(results.write, args.json))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ up. Before that their logits are compared. A replay feeds the same tokens to all
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from e2e_traces import TRACES, Trace
 from e2e_ways import Forked, Stock, StockBatch, StockCopies, Way
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
+from fork_attn.bench import results
 from fork_attn.bench.machine import clocks, load_average, machine
 from fork_attn.bench.timing import Times
 from fork_attn.demo.baseline import plain_copy
@@ -255,12 +256,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
 
-    def save(result: dict[str, Any]) -> None:
-        if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
-
-    measure(args, save)
+    measure(args, partial(results.write, args.json))
 
 
 if __name__ == "__main__":

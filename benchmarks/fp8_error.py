@@ -11,7 +11,6 @@ load.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 import fork_attn as fa
 from fork_attn import hf
+from fork_attn.bench import results
 from fork_attn.demo import weights
 from fork_attn.demo.baseline import plain_copy
 from fork_attn.reference import attention
@@ -123,8 +123,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of the text")
     args = parser.parse_args()
     result = measure(args.tokens)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results.write(args.json, result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from test_reason import make_steps
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from fork_attn import hf
+from fork_attn.bench import results
 from fork_attn.bench.machine import clocks, load_average, machine
 from fork_attn.bench.timing import Times
 from fork_attn.demo.baseline import plain_copy
@@ -280,12 +280,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
 
-    def save(result: dict[str, Any]) -> None:
-        if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
-
-    measure(args, save)
+    measure(args, partial(results.write, args.json))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,24 @@ import copy
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from reason_pair import Forced, run_forced
+from reason_pair import Forced, make_model, make_tokenizer, run_forced
+from transformers import GenerationConfig
 
-from fork_attn.reason import Speculation, Thread, Trace
+from fork_attn import ForkedKVCache, hf
+from fork_attn.reason import DraftModel, Limits, PromptLookup, Speculation, Thread, Trace
 from fork_attn.reason.drafts import Drafter, DraftTree
+from fork_attn.reason.systems import TagProtocol
+
+# Characters as tags, so that a random model forks, nests and errs all the time.
+TAGS = TagProtocol(
+    name="drafted tags", fork_at="c", child_ends="d", fanout=2, header="x", closing="d", after="y",
+)  # fmt: skip
+TAGS_OFF = replace(TAGS, name="no tags", fork_at="z", child_ends="z")
+LIMITS = Limits(max_thread_tokens=10, max_depth=2)
 
 
 class Peek(Speculation):
@@ -109,3 +120,27 @@ def assert_same(want: Trace, got: Trace) -> None:
     by_seed = [sorted(trace.threads, key=lambda t: (t.seed, t.id)) for trace in (want, got)]
     for one, other in zip(*by_seed, strict=True):
         assert other.logprobs == pytest.approx(one.logprobs, abs=1e-4)
+
+
+def few_tokens(model: Any, **options: Any) -> GenerationConfig:
+    """Sampling from the end token and sixteen characters alone."""
+    rest = list(range(17, model.config.vocab_size))
+    return GenerationConfig(**{"do_sample": True, "suppress_tokens": rest, **options})
+
+
+def drafters(model: Any) -> dict[str, Speculation]:
+    other = make_model(make_tokenizer(), num_hidden_layers=1, hidden_size=32)
+    for draft in (same := copy.deepcopy(model), other):
+        hf.attach(draft, num_pages=256, page_size=4)
+    return {
+        "lookup": PromptLookup(num_tokens=5, candidates=3, min_ngram=1),
+        "same model": DraftModel(same, num_tokens=3),
+        "other model": DraftModel(other, num_tokens=3, candidates=3),
+    }
+
+
+def assert_free(*models: Any) -> None:
+    for model in models:
+        cache: ForkedKVCache = hf._link.link_of(model).cache
+        assert cache.stats().pages_live == 0 and cache.branches == ()
+        cache.check()

@@ -18,7 +18,7 @@ from hf_models import build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from fork_attn import hf
+from fork_attn import ForkedKVCache, hf
 from fork_attn.reason import Limits, Protocol, Speculation, Trace, get_protocol
 from fork_attn.reason.job import Finished, Job
 
@@ -26,6 +26,8 @@ CHARACTERS = string.ascii_letters + string.digits + " .,:;!?()+-*/=<>#[]{}|'\"_@
 EOS = "<eos>"
 TOLERANCE = 1e-4
 Path = tuple[tuple[int, int], ...]
+PROMPT = "Is 91 prime?"
+SAMPLED = GenerationConfig(do_sample=True, temperature=1.0, max_new_tokens=40)
 
 
 def make_tokenizer(*protocols: str | Protocol, extra: Sequence[str] = ()) -> Any:
@@ -245,3 +247,16 @@ def check_trace(trace: Trace) -> None:
     assert sum(step.tokens for step in trace.steps) == sum(
         step is not None for thread in trace.threads for step in thread.fed_steps
     )
+
+
+def attached(
+    protocol: str | Protocol = "best_of_n", num_pages: int = 256, **config: Any
+) -> tuple[transformers.PreTrainedModel, Any, ForkedKVCache]:
+    tokenizer = make_tokenizer(protocol)
+    model = make_model(tokenizer, **config)
+    return model, tokenizer, hf.attach(model, num_pages=num_pages, page_size=4)
+
+
+def assert_free(cache: ForkedKVCache) -> None:
+    assert cache.stats().pages_live == 0 and cache.branches == ()
+    cache.check()

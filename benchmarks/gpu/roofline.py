@@ -17,18 +17,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from svg_chart import Series, lines
 
+from fork_attn.bench import results
+
 
 def points(cases: list[dict[str, Any]], ours: bool) -> list[tuple[float, float]]:
     """(FLOPs a byte, FLOP/s) of the fastest way of each case, among ours or the others."""
+    fastest = results.ours if ours else results.best_rival
     found = []
     for case in cases:
-        seconds = [
-            way["cold"]["median"]
-            for way in case["ways"].values()
-            if way["ours"] == ours and "cold" in way
-        ]
-        if seconds:
-            found.append((case["flops"] / case["unique_bytes"], case["flops"] / min(seconds)))
+        name = fastest(case, "cold")
+        if name is not None:
+            seconds = case["ways"][name]["cold"]["median"]
+            found.append((case["flops"] / case["unique_bytes"], case["flops"] / seconds))
     return found
 
 

@@ -100,8 +100,7 @@ def _show(text: str) -> None:
 def _save(path: Path | None, result: dict[str, Any]) -> None:
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    results.write(path, result)
     rows = list(results.flat(result))
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), restval="", lineterminator="\n")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 HALF_KV = "fork_attn_bf16_kv"
 """Beside cases of e4m3: this package over the same K and V in bf16. No rival."""
+
+
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    """Writes a result as JSON, in folders that are made; nothing without a path."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def ours(row: dict[str, Any], what: str = "step") -> str | None:

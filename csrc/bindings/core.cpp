@@ -13,6 +13,7 @@
 
 #include "../core/cache_core.h"
 #include "../core/planner.h"
+#include "plan.h"
 #include "step_request.h"
 
 namespace py = pybind11;
@@ -347,99 +348,6 @@ void bind_arena(py::class_<PyCore>& c) {
              arena.told();
            })
       .def("forget_arena", [](PyCore& self) { self.core.store().arena.forget(); });
-}
-
-void bind_plan(py::module_& m) {
-  m.def("target_costs", [](const std::string& name) {
-    const TargetCosts& t = target_costs(name);
-    return py::dict(
-        py::arg("workers") = t.workers, py::arg("max_rows") = t.max_rows,
-        py::arg("spans_per_worker") = t.spans_per_worker, py::arg("bytes_per_ns") = t.bytes_per_ns,
-        py::arg("flops_per_ns_16") = t.flops_per_ns[0],
-        py::arg("flops_per_ns_32") = t.flops_per_ns[1],
-        py::arg("flops_per_ns_64") = t.flops_per_ns[2],
-        py::arg("flops_per_ns_128") = t.flops_per_ns[3], py::arg("row_quantum") = t.row_quantum,
-        py::arg("load_rows") = t.load_rows, py::arg("ns_per_exp") = t.ns_per_exp,
-        py::arg("item_ns") = t.item_ns, py::arg("tile_slots") = t.tile_slots,
-        py::arg("chunk_slots") = t.chunk_slots, py::arg("gather_slots") = t.gather_slots,
-        py::arg("partial_bytes_per_ns") = t.partial_bytes_per_ns,
-        py::arg("launch_ns") = t.launch_ns);
-  });
-  // What is not named stays.
-  m.def("set_target_costs", [](const std::string& name, const py::dict& changes) {
-    TargetCosts t = target_costs(name);
-    const auto integer = [](int32_t& field, py::handle value) { field = value.cast<int32_t>(); };
-    const auto number = [](double& field, py::handle value) { field = value.cast<double>(); };
-    for (const auto& [key, value] : changes) {
-      const auto field = key.cast<std::string>();
-      if (field == "max_rows")
-        integer(t.max_rows, value);
-      else if (field == "bytes_per_ns")
-        number(t.bytes_per_ns, value);
-      else if (field == "flops_per_ns_16")
-        number(t.flops_per_ns[0], value);
-      else if (field == "flops_per_ns_32")
-        number(t.flops_per_ns[1], value);
-      else if (field == "flops_per_ns_64")
-        number(t.flops_per_ns[2], value);
-      else if (field == "flops_per_ns_128")
-        number(t.flops_per_ns[3], value);
-      else if (field == "load_rows")
-        number(t.load_rows, value);
-      else if (field == "ns_per_exp")
-        number(t.ns_per_exp, value);
-      else if (field == "item_ns")
-        number(t.item_ns, value);
-      else if (field == "partial_bytes_per_ns")
-        number(t.partial_bytes_per_ns, value);
-      else if (field == "launch_ns")
-        number(t.launch_ns, value);
-      else
-        fail(ErrorKind::kValue, "costs: expected a cost that can be set, got '" + field + "'");
-    }
-    set_target_costs(t);
-  });
-  m.def("reset_target_costs", [](const std::string& name) { reset_target_costs(name); });
-  py::class_<PlanData>(m, "PlanData", py::buffer_protocol())
-      .def_buffer([](PlanData& self) {
-        return py::buffer_info(self.buffer.data(), static_cast<py::ssize_t>(self.buffer.size()));
-      })
-      .def_property_readonly(
-          "page_limit",
-          [](const PlanData& self) {
-            return reinterpret_cast<const PlanHeader*>(self.buffer.data())->page_limit;
-          })
-      .def("copy_to",
-           [](const PlanData& self, std::uintptr_t words) {
-             std::copy(self.buffer.begin(), self.buffer.end(), reinterpret_cast<int64_t*>(words));
-           })
-      .def_property_readonly(
-          "num_rotations",
-          [](const PlanData& self) {
-            return reinterpret_cast<const PlanHeader*>(self.buffer.data())->num_rotations;
-          })
-      .def_property_readonly("num_words", [](const PlanData& self) { return self.buffer.size(); })
-      .def_property_readonly("num_partial_rows",
-                             [](const PlanData& self) { return self.counts.num_partial_rows; })
-      .def_property_readonly("rotations",
-                             [](const PlanData& self) {
-                               const auto* h =
-                                   reinterpret_cast<const PlanHeader*>(self.buffer.data());
-                               return py::make_tuple(h->off_rotations, h->num_rotations);
-                             })
-      .def_property_readonly("cost_ns", [](const PlanData& self) { return self.cost_ns; })
-      .def_property_readonly("span_ns", [](const PlanData& self) { return self.span_ns; })
-      .def_property_readonly("counts", [](const PlanData& self) {
-        const PlanCounts& c = self.counts;
-        return py::dict(
-            py::arg("unique_slots") = c.unique_slots,
-            py::arg("tile_unique_slots") = c.tile_unique_slots,
-            py::arg("read_slots") = c.read_slots, py::arg("visible_pairs") = c.visible_pairs,
-            py::arg("executed_pairs") = c.executed_pairs, py::arg("num_tokens") = c.num_tokens,
-            py::arg("num_blocks") = c.num_blocks, py::arg("num_items") = c.num_items,
-            py::arg("num_runs") = c.num_runs, py::arg("num_partial_rows") = c.num_partial_rows,
-            py::arg("max_block_tokens") = c.max_block_tokens);
-      });
 }
 
 }  // namespace

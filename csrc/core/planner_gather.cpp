@@ -51,12 +51,8 @@ void Planner::gather_slots(const PlanRun& run, int32_t source, int32_t from) {
     const int32_t count = std::min(run.num_slots - j, page_size - in_page);
     const int32_t first =
         physical_page(sources_[source], run.page_begin + at) * page_size + in_page;
-    if (all_see_all) {
-      words_.insert(words_.end(), count, run.mask);
-      for (int32_t k = 0; k < count; ++k) gather_.push_back(first + k);
-    }
-    for (int32_t k = 0; k < count && !all_see_all; ++k) {
-      const uint64_t word = visibility(run, j + k);
+    for (int32_t k = 0; k < count; ++k) {
+      const uint64_t word = all_see_all ? run.mask : visibility(run, j + k);
       if (word == 0) continue;
       gather_.push_back(first + k);
       words_.push_back(word);

@@ -15,7 +15,7 @@ namespace {
 
 // Up to here dot products cost less than transposing the K tile.
 constexpr int kDotRows = kLanes / 2;
-// Up to here 16-bit rows are widened as they are multiplied, once or twice; more rows take them
+// Up to here K and V in fewer than 32 bits are widened as they are multiplied; more rows take them
 // from a widened copy.
 constexpr int kRowsInPlace = 4;
 

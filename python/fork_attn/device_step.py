@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fork_attn import costs, ops_triton
+from fork_attn import _C, costs, ops_triton
 from fork_attn.plan import Plan, PlanOnDevice, PlanShape, make_plan, plan_data
 from fork_attn.staging import Layout, News
 
@@ -35,6 +35,20 @@ def plan_target(device: torch.device) -> str:
     return costs.device_target(device)
 
 
+def resident_plan(cache: ForkedKVCache, window: int | None, shape: PlanShape) -> _C.PlanData:
+    """The plan of the cache's open step for one kind of layer, for page lists that stay on the
+    device."""
+    return plan_data(
+        cache._core,
+        window,
+        shape,
+        cache._target,
+        cache.num_workers,
+        batch_invariant=cache.batch_invariant,
+        resident=True,
+    )
+
+
 def upload_step(
     cache: ForkedKVCache, num_tokens: int, num_branches: int
 ) -> tuple[dict[str, torch.Tensor], dict[Kind, Plan]]:
@@ -47,14 +61,7 @@ def upload_step(
     """
     core, lists = cache._core, cache._page_lists
     kinds = cache._kinds()
-    data = [
-        plan_data(
-            *(core, window, shape, cache._target, cache.num_workers),
-            resident=True,
-            batch_invariant=cache.batch_invariant,
-        )
-        for window, shape in kinds
-    ]
+    data = [resident_plan(cache, window, shape) for window, shape in kinds]
     layout = Layout()
     sizes = (num_tokens, num_tokens, num_branches, num_branches + 1, num_branches)
     itemsizes = (8, 8, 8, 4, 4)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fork_attn import _C, checks, ops
+from fork_attn.device_step import resident_plan
 from fork_attn.errors import PlanCapacityExceeded, Unsupported
 from fork_attn.kv_library import DTYPE_CODES, paged_argument, rows_argument
-from fork_attn.plan import PlanShape, plan_data
+from fork_attn.plan import PlanShape
 from fork_attn.rotation_buffers import RotationBuffers
 from fork_attn.staging import Layout, News, Staging
 
@@ -156,13 +157,7 @@ class PlanBuffers:
         self.num_tokens, self.num_branches = step.num_tokens, len(step.branches)
 
     def _plan(self, key: _Kind) -> _C.PlanData:
-        cache = self.cache
-        window, shape = key[0], self._shape(key)
-        data = plan_data(
-            *(cache._core, window, shape, cache._target, cache.num_workers),
-            resident=True,
-            batch_invariant=cache.batch_invariant,
-        )
+        data = resident_plan(self.cache, key[0], self._shape(key))
         _fits("bytes of a plan", 8 * data.num_words, 8 * self.max_plan_words)
         _fits("partial rows of a plan", data.num_partial_rows, self.max_partial_rows)
         _fits("rotated query rows of a plan", data.num_rotations, self.max_rotations)

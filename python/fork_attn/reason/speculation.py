@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from fork_attn.reason.protocol import Protocol
 
 
-class Speculation:
+class Speculation(ABC):
     """How draft tokens come about; all threads' drafts are verified in one forward.
 
     A draft never changes what a thread says: each token is picked from the model's own
@@ -29,6 +30,7 @@ class Speculation:
     2305.09781), and the outcome does not depend on the drafter (arXiv 2408.07978).
     """
 
+    @abstractmethod
     def drafter(self, model: PreTrainedModel, protocol: Protocol, longest: int) -> Drafter:
         """A drafter for one call of `generate`.
 
@@ -40,7 +42,6 @@ class Speculation:
         Raises:
             ValueError, TypeError, Unsupported: it cannot draft for these; nothing was done.
         """
-        raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
         """What a trace says of it, as plain values."""

@@ -158,7 +158,7 @@ class Stepper:
                 break
             writers, places = walk.follow(writers, over)
             for thread in writers:
-                self._record_fed(thread, index, walk is not None)
+                self._record_fed(thread, index, True)
             logits = rows[places]
         return over
 
