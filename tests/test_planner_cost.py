@@ -213,7 +213,7 @@ def pack_cost(
     target=st.sampled_from(TARGETS),
     heads=st.sampled_from((*HEADS, (128, 2), (6, 2))),
 )
-def test_block_choice_is_the_best_that_the_planner_looks_at(
+def test_block_choice_is_within_3_percent_of_the_best(
     rng: random.Random, target: str, heads: tuple[int, int]
 ) -> None:
     costs = Costs(target, PlanShape(*heads, 128, 128, 2))
@@ -224,7 +224,7 @@ def test_block_choice_is_the_best_that_the_planner_looks_at(
     cache = make_cache(heads)
     plan = plan_of(cache, grow(cache, roots), target)
     looked_at = exhaustive(roots, costs, mixed=False)
-    assert looked_at * (1 - 1e-9) <= plan.cost_ns <= looked_at * 1.01
+    assert looked_at * (1 - 1e-9) <= plan.cost_ns <= looked_at * 1.03
     best = exhaustive(roots, costs, mixed=True)
     assert best * (1 - 1e-9) <= plan.cost_ns <= best * 1.10
 

@@ -212,30 +212,33 @@ double BlockChooser::pack_rows() {
   return packs_[num_rows].cost;
 }
 
-// Turns single ancestors, or one and its parent, while that pays. For few rows only, where one
-// badly filled block weighs much.
+// Turns single ancestors, or two at a time, while that pays: any two of few ancestors, else one and
+// its parent. For few rows only, where one badly filled block weighs much.
 double BlockChooser::improve(double cost) {
-  const auto flip = [&](int32_t g) { apart_[g] ^= 1; };
-  const auto try_flips = [&](int32_t g, int32_t h) {
-    flip(g);
-    if (h >= 0) flip(h);
-    const double changed = evaluate();
-    if (changed < cost * (1 - 1e-9)) {
-      cost = changed;
-      return true;
-    }
-    flip(g);
-    if (h >= 0) flip(h);
-    return false;
+  std::vector<int32_t> inner;
+  for (const int32_t g : groups_.parents_first) {
+    const Group& group = groups_.groups[g];
+    if (!groups_.children(group).empty() && group.may_be_apart) inner.push_back(g);
+  }
+  const auto flip = [&](int32_t g, int32_t h) {
+    apart_[g] ^= 1;
+    if (h != g) apart_[h] ^= 1;
   };
   for (bool better = true; better;) {
     better = false;
-    for (const int32_t g : groups_.parents_first) {
-      const Group& group = groups_.groups[g];
-      if (groups_.children(group).empty() || !group.may_be_apart) continue;
-      better |= try_flips(g, -1);
-      if (group.parent >= 0 && groups_.groups[group.parent].may_be_apart)
-        better |= try_flips(g, group.parent);
+    for (std::size_t i = 0; i < inner.size(); ++i) {
+      for (std::size_t j = 0; j <= i; ++j) {
+        const bool related = j == i || groups_.groups[inner[i]].parent == inner[j];
+        if (!related && inner.size() > kFewAncestors) continue;
+        flip(inner[i], inner[j]);
+        const double changed = evaluate();
+        if (changed < cost * (1 - 1e-9)) {
+          cost = changed;
+          better = true;
+        } else {
+          flip(inner[i], inner[j]);
+        }
+      }
     }
   }
   return evaluate();

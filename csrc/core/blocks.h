@@ -53,6 +53,7 @@ class BlockChooser {
     int32_t first;  // row of the last of them
   };
   static constexpr std::size_t kFewRows = 32;
+  static constexpr std::size_t kFewAncestors = 8;
 
   Best best(int32_t group, const Above& above);
   double leaf_cost(const Group& group, int64_t slots_above, bool partial) const;
