@@ -26,8 +26,10 @@ class Twins:
         dtype: torch.dtype = torch.float32,
         capture: bool = False,
         page_size: int = 3,
+        batch_invariant: bool = False,
     ) -> None:
         options = {"num_pages": 200, "page_size": page_size, "tail": tail}
+        options["batch_invariant"] = batch_invariant
         self.models = [build(name).to(device, dtype) for _ in range(2)]
         self.caches = [hf.attach(model, **options) for model in self.models]
         self.graph = hf.DecodeGraph(self.models[0], max_width=max_width, capture=capture)

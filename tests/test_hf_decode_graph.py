@@ -17,6 +17,13 @@ def test_decoding_equals_forward_over_forks_joins_and_frees(name: str, tail: str
     Twins(name, tail).live()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_decoding_equals_forward_in_a_batch_invariant_cache(name: str) -> None:
+    twins = Twins(name, batch_invariant=True)
+    assert all(cache.batch_invariant for cache in twins.caches)
+    twins.live()
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_decoding_equals_forward_over_rebased_joins(name: str) -> None:
     twins = Twins(name)

@@ -98,7 +98,8 @@ def test_the_module_links_neither_torch_nor_cuda(wheel: Path, tmp_path: Path) ->
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".so"))
         linked = checked("ldd", archive.extract(name, tmp_path))
-    assert not re.search(r"torch|c10|libcuda|libpython", linked), linked
+    names = re.findall(r"^\s*(\S+)", linked, re.MULTILINE)  # addresses after them may spell c10
+    assert names and not [n for n in names if re.search(r"torch|c10|libcuda|libpython", n)], linked
 
 
 def test_the_wheel_imports_in_a_fresh_process(wheel: Path, tmp_path: Path) -> None:

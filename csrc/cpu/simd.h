@@ -26,6 +26,8 @@ typedef int32_t VecI __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 typedef uint8_t VecB __attribute__((vector_size(kLanes * sizeof(uint8_t))));
+typedef int16_t VecSH __attribute__((vector_size(kLanes * sizeof(int16_t))));
+typedef int8_t VecSB __attribute__((vector_size(kLanes * sizeof(int8_t))));
 using Lanes = std::make_integer_sequence<int, kLanes>;
 
 FORK_ATTN_INLINE VecF load(const float* p) {
@@ -46,9 +48,7 @@ FORK_ATTN_INLINE VecF load_as_float(const BFloat16* p) {
   return (VecF)(__builtin_convertvector(bits, VecU) << 16);
 }
 
-FORK_ATTN_INLINE VecF load_as_float(const Float16* p) {
-  VecH bits;
-  std::memcpy(&bits, p, sizeof(bits));
+FORK_ATTN_INLINE VecF halves_to_float(VecH bits) {
 #if defined(FORK_ATTN_F16C) && FORK_ATTN_LANES == 16
   return _mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);  // gcc 12 warns about the unmasked form
 #elif defined(FORK_ATTN_F16C) && FORK_ATTN_LANES == 8
@@ -65,7 +65,22 @@ FORK_ATTN_INLINE VecF load_as_float(const Float16* p) {
 #endif
 }
 
+FORK_ATTN_INLINE VecF load_as_float(const Float16* p) {
+  VecH bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return halves_to_float(bits);
+}
+
 FORK_ATTN_INLINE VecF load_as_float(const Float8E4M3* p) {
+#if defined(FORK_ATTN_F16C)
+  // The bits of e4m3 are those of an fp16 number 2^8 times smaller, subnormals too; but for NaN.
+  VecSB bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  const VecSH moved = __builtin_convertvector(bits, VecSH) << 7;
+  const VecSH nan = (moved & 0x3f80) == 0x3f80;
+  const VecH half = (VecH)((moved & (int16_t)0xbf80) | (nan & 0x7fff));
+  return halves_to_float(half) * 256.0f;
+#else
   VecB bits;
   std::memcpy(&bits, p, sizeof(bits));
   const VecU wide = __builtin_convertvector(bits, VecU);
@@ -76,6 +91,7 @@ FORK_ATTN_INLINE VecF load_as_float(const Float8E4M3* p) {
   const VecU subnormal = (VecU)(__builtin_convertvector((VecI)rest, VecF) * 0x1p-9f);
   const VecU magnitude = rest == 0x7fu ? nan : (rest < 8u ? subnormal : normal);
   return (VecF)(sign | magnitude);
+#endif
 }
 
 FORK_ATTN_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }

@@ -30,12 +30,23 @@ def test_padding_touches_nothing(dtype: torch.dtype, capture: bool) -> None:
 
 
 @CAPTURE
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("tail", ["seal", "copy"])
-def test_decode_graph_equals_the_pass_without_one(name: str, tail: str, capture: bool) -> None:
+def test_decode_graph_equals_the_pass_without_one(
+    name: str, tail: str, invariant: bool, capture: bool
+) -> None:
     pytest.importorskip("transformers")
     from hf_twins import Twins
 
-    twins = Twins(name, tail, device="cuda", dtype=torch.bfloat16, capture=capture, page_size=16)
+    twins = Twins(
+        name,
+        tail,
+        device="cuda",
+        dtype=torch.bfloat16,
+        capture=capture,
+        page_size=16,
+        batch_invariant=invariant,
+    )
     twins.live()
     assert len(twins.graph._runs) > 3  # widths

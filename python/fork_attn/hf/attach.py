@@ -41,6 +41,7 @@ def attach(
     tail: Literal["seal", "copy"] = "seal",
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    batch_invariant: bool = False,
 ) -> ForkedKVCache:
     """Gives a model a forked KV cache.
 
@@ -63,6 +64,8 @@ def attach(
             None. float8_e4m3fn stores them in half the bytes of bf16, and attention runs in the
             model's own dtype: see `ForkedKVCache.set_scales`.
         backend: the attention backend, see `ForkedKVCache`.
+        batch_invariant: attention gives a token the same bits whatever else is in the step, see
+            `ForkedKVCache`. The model's other layers are its own, and most matmuls are not so.
 
     Returns:
         The model's cache.
@@ -70,7 +73,7 @@ def attach(
     Raises:
         Unsupported: the model has recurrent layers, chunked attention, `dynamic` or `longrope`
             position scaling, attention that is not causal or cannot be replaced, an encoder, or
-            lies on several devices.
+            lies on several devices; or `batch_invariant` with a backend that does not promise it.
         ValueError: the model is attached already, or num_pages and memory do not make sense.
     """
     if not isinstance(model, PreTrainedModel):
@@ -95,6 +98,7 @@ def attach(
         device=model.device,
         tail=tail,
         backend=backend,
+        batch_invariant=batch_invariant,
     )
     _use_fork_attention(model)
     name = type(model).__name__
