@@ -38,6 +38,11 @@ def effort(device: torch.device, quick: bool) -> Effort:
     return Effort(1e6, 1 << 27, 5) if quick else Effort(4e6, 1 << 29, 25)
 
 
+def capacity(much: Effort) -> int:
+    """Pages for what is streamed, and for the new tokens beside it."""
+    return much.stream_bytes // (design.HEADS * design.PAGE * 2 * 128 * 2) + 1024
+
+
 def calibrate(target: str, device: torch.device, quick: bool, tick: Tick) -> dict[str, Any]:
     """Measures a target's costs on a device that has it.
 
@@ -60,9 +65,9 @@ def calibrate(target: str, device: torch.device, quick: bool, tick: Tick) -> dic
 def _calibrate(target: str, device: torch.device, much: Effort, tick: Tick) -> dict[str, Any]:
     _C.reset_target_costs(target)  # the same plans, whatever costs were loaded
     workers = _workers(device)
-    capacity = much.stream_bytes // (design.HEADS * design.PAGE * 2 * 128 * 2) + 1024
+    num_pages = capacity(much)
     tick("memory", 0, 1)
-    tensors = design.Tensors(device, capacity)
+    tensors = design.Tensors(device, num_pages)
     timer = Timer(device, 0.0, min_rounds=much.rounds, max_rounds=much.rounds)
 
     streamed = list(design.streamed_cases(target, workers, much.stream_bytes))
@@ -72,7 +77,7 @@ def _calibrate(target: str, device: torch.device, much: Effort, tick: Tick) -> d
     resident_ns = _time(resident, tensors, timer, "arithmetic, items, partial rows", tick)
     found = fit.fit(resident, resident_ns, bytes_per_ns, load_rows=target == "cpu")
     _C.set_target_costs(target, found)
-    trees = list(design.tree_cases(target, workers, capacity))
+    trees = list(design.tree_cases(target, workers, num_pages))
     tree_ns = _time(trees, tensors, timer, "trees", tick)
     rows = [
         *_rows(streamed, times, found),
