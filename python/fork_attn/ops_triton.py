@@ -31,16 +31,6 @@ _library.define(
 )
 
 
-def state() -> str:
-    """Whether the backend can run here, and why not, for `fork-attn info`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        require_triton(device)
-    except Unsupported as error:
-        return str(error).removeprefix("backend 'triton' ")
-    return "available"
-
-
 def require_triton(device: torch.device) -> None:
     """Raises Unsupported, by name, where Triton is not installed or cannot run on `device`."""
     if find_spec("triton") is None:
