@@ -126,15 +126,18 @@ def suite(path: Path) -> Found:
         timed = [name for name, way in case.get("ways", {}).items() if "step" in way]
         ran.update(timed)
         ours += any(case["ways"][name]["ours"] for name in timed)
-    planned = max(held.get("cases_planned", 0), len(cases))
-    found = Found(f"ours in {ours} of {planned} cases, {len(ran)} ways")
-    if len(cases) < planned:
-        found.status = CUT_OFF
+    missing = held.get("not_reached", [])
+    text = f"ours in {ours} of {held.get('cases_planned')} cases, {len(ran)} ways"
+    found = Found(text, status=CUT_OFF if missing else 0)
+    if missing:
+        found.text += f"; {len(missing)} not reached: {_some(missing)}"
     if not ours:
         found.fail("NOTHING MEASURED: our kernel ran in no case")
-    failed = [f"{case.get('id')}: {case['failed']}" for case in cases if case.get("failed")]
+    failed = [f"{row['id']}: {row['reason']}" for row in held.get("failed", [])]
+    for case in cases:  # ways of ours
+        failed += [f"{case['id']}: {n}: {case['absent'][n]}" for n in case.get("failed", ())]
     if failed:
-        found.fail(f"{len(failed)} cases failed: {_some(failed)}")
+        found.fail(f"FAILED: {_some(failed)}")
     for name, why in _absent_everywhere(cases, ran):
         found.wrong.append(f"absent from all {len(cases)} cases: {name}: {why}")
     if os.environ.get("PEERS") and cases:

@@ -187,19 +187,38 @@ suite() {  # OPTION…: `fork-attn bench` with the settings of this call; goes o
     also $?
 }
 
+cases_left() {  # FILE: how many a suite did not reach
+    "$python" - "$1" <<'EOF'
+import json, pathlib, sys
+path = pathlib.Path(sys.argv[1])
+held = json.loads(path.read_text()) if path.exists() else {}
+print(len(held.get("not_reached", [])))
+EOF
+}
+
 bench() {
-    local file="$kept/suite_$gpu.json" base
+    local file="$kept/suite_$gpu.json" base options="" left before=1000000
     peers
     follow_costs
+    # Quick shapes come first; alone there is time for the others too.
+    if [ -n "${SHAPES:-}" ]; then
+        options="--shapes $SHAPES"
+    elif [ "$part" = all ]; then
+        options=--quick
+    fi
     # shellcheck disable=SC2086
     if [ -n "$dry" ]; then
         rm -f "$file"
         HEADS="4/2x32" SECONDS_EACH=0.1 suite --device cpu --shapes S7a U3s
-    elif [ -n "${SHAPES:-}" ]; then
-        suite --device cuda --shapes $SHAPES
     else
-        suite --device cuda --quick
-        [ "$part" = all ] || suite --device cuda
+        suite --device cuda $options
+        # A case that lost the GPU ends its process; another goes on with the others.
+        left=$(cases_left "$file")
+        while [ "$left" -gt 0 ] && [ "$left" -lt "$before" ] && [ $((deadline - SECONDS)) -gt 60 ]; do
+            before=$left
+            suite --device cuda $options
+            left=$(cases_left "$file")
+        done
     fi
     measured suite "$file"
     [ -f "$file" ] || return
