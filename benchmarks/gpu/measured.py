@@ -31,11 +31,13 @@ class Found:
     Attributes:
         text: for the summary.
         wrong: what has to be looked at, a line each.
+        notes: what is good to know.
         status: 0, 1 or CUT_OFF.
     """
 
     text: str
     wrong: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     status: int = 0
 
     def fail(self, why: str) -> None:
@@ -85,10 +87,9 @@ def baseline(path: Path) -> Found:
         if not there:
             found.fail(f"NOTHING MEASURED of {name}")
     absent = {f"{name}: {why}" for row in dense for name, why in row["absent"].items()}
+    tell = found.fail if os.environ.get("PEERS") else found.notes.append
     for text in sorted(absent):
-        found.wrong.append(f"absent from dense attention: {text}")
-        if os.environ.get("PEERS"):
-            found.status = 1
+        tell(f"absent from dense attention: {text}")
     return found
 
 
@@ -96,7 +97,7 @@ def costs(path: Path) -> Found:
     """A file of `fork-attn calibrate`."""
     held = _read(path)
     if not held.get("costs") or not held.get("measured"):
-        return Found("", ["NOTHING MEASURED: no costs"], 1)
+        return Found("", ["NOTHING MEASURED: no costs"], status=1)
     error = held["fit"]["median_error"]
     return Found(f"{len(held['measured'])} cases, median error of the fit {error:.1%}")
 
@@ -138,8 +139,8 @@ def suite(path: Path) -> Found:
         failed += [f"{case['id']}: {n}: {case['absent'][n]}" for n in case.get("failed", ())]
     if failed:
         found.fail(f"FAILED: {_some(failed)}")
-    for name, why in _absent_everywhere(cases, ran):
-        found.wrong.append(f"absent from all {len(cases)} cases: {name}: {why}")
+    for why, names in _absent_everywhere(cases, ran).items():
+        found.notes.append(f"absent from all {len(cases)} cases: {', '.join(names)}: {why}")
     if os.environ.get("PEERS") and cases:
         for peer in PEER_WAYS:
             if not any(name.startswith(peer) for name in ran):
@@ -147,14 +148,17 @@ def suite(path: Path) -> Found:
     return found
 
 
-def _absent_everywhere(cases: Iterable[dict[str, Any]], ran: Counter[str]) -> list[tuple[str, str]]:
-    """Ways that ran in no case, with the reason that is given most often."""
+def _absent_everywhere(cases: Iterable[dict[str, Any]], ran: Counter[str]) -> dict[str, list[str]]:
+    """Ways that ran in no case, by the reason that is given most often."""
     reasons: dict[str, Counter[str]] = {}
     for case in cases:
         for name, why in case.get("absent", {}).items():
             if name not in ran:
                 reasons.setdefault(name, Counter())[why] += 1
-    return [(name, whys.most_common(1)[0][0]) for name, whys in sorted(reasons.items())]
+    found: dict[str, list[str]] = {}
+    for name, whys in sorted(reasons.items()):
+        found.setdefault(whys.most_common(1)[0][0], []).append(name)
+    return found
 
 
 def end_to_end(path: Path) -> Found:
@@ -195,7 +199,9 @@ def main() -> int:
     try:
         found = KINDS[args.kind](args.file)
     except (OSError, ValueError, ElementTree.ParseError) as error:
-        found = Found("", [f"NOTHING MEASURED: {args.file}: {error}"], 1)
+        found = Found("", [f"NOTHING MEASURED: {args.file}: {error}"], status=1)
+    for line in found.notes:
+        print(f"{args.file.stem}: {line}")
     for line in found.wrong:
         print(f"!!! {args.file.stem}: {line}")
     print(f"{args.file.stem}: {found.text or 'nothing'}")
