@@ -31,6 +31,18 @@ class Effort:
     rounds: int
 
 
+class Misfit(ValueError):
+    """The measured times contradict the model.
+
+    Attributes:
+        rows: what was measured, beside what the datasheet's costs predict.
+    """
+
+    def __init__(self, message: str, rows: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 def effort(device: torch.device, quick: bool) -> Effort:
     """Seconds on a CPU, many times its caches; on a GPU calls of a fraction of a millisecond."""
     if device.type == "cuda":
@@ -52,7 +64,7 @@ def calibrate(target: str, device: torch.device, quick: bool, tick: Tick) -> dic
         What a file of costs holds (`fork_attn.costs.read`), and what was measured.
 
     Raises:
-        ValueError: the times contradict the model, as they do on a machine that is too busy.
+        Misfit: the times contradict the model, as they do on a machine that is too busy.
     """
     costs.load()
     before = _C.target_costs(target)
@@ -72,10 +84,14 @@ def _calibrate(target: str, device: torch.device, much: Effort, tick: Tick) -> d
 
     streamed = list(design.streamed_cases(target, workers, much.stream_bytes))
     times = _time(streamed, tensors, timer, "bandwidth", tick)
-    bytes_per_ns = fit.bandwidth(streamed, times)
     resident = list(design.resident_cases(target, workers, much.call_ns))
     resident_ns = _time(resident, tensors, timer, "arithmetic, items, partial rows", tick)
-    found = fit.fit(resident, resident_ns, bytes_per_ns, load_rows=target == "cpu")
+    try:
+        bytes_per_ns = fit.bandwidth(streamed, times)
+        found = fit.fit(resident, resident_ns, bytes_per_ns, load_rows=target == "cpu")
+    except ValueError as error:
+        measured = _rows([*streamed, *resident], [*times, *resident_ns], _datasheet(target))
+        raise Misfit(str(error), measured) from error
     _C.set_target_costs(target, found)
     trees = list(design.tree_cases(target, workers, num_pages))
     tree_ns = _time(trees, tensors, timer, "trees", tick)
