@@ -16,7 +16,7 @@ from test_bench_suite import EVERY_FOREST, FORESTS, setting
 
 from fork_attn import ops, ops_flash
 from fork_attn.bench import measure, way, way_flash, way_flashinfer, way_flex, way_ours, way_torch
-from fork_attn.bench.forest import uniform
+from fork_attn.bench.forest import Node, Query, sorted_forest, uniform
 from fork_attn.bench.inputs import TOLERANCE, Inputs, Setting
 from fork_attn.bench.paging import pages_in
 from fork_attn.bench.shapes import Heads
@@ -90,6 +90,15 @@ def test_our_cache_by_flash_attn_is_right_or_says_why_not(name: str) -> None:
         one.plan()
         assert inputs.error(one.output()) <= TOLERANCE[torch.bfloat16]
     one.close()
+
+
+@pytest.mark.usefixtures("peers")
+def test_our_cache_by_flash_attn_has_pages_for_its_copies() -> None:
+    # Each child begins in mid-page and fills a page's slots: two pages, one of them a copy.
+    nodes = [Node((), 1), *(Node((0,), 16) for _ in range(20))]
+    inputs = Inputs(sorted_forest(nodes, [Query(20)]), setting(torch.bfloat16))
+    ready, _, absent = measure.build_ways(inputs, 1, [way_ours.ForkedFlash])
+    assert ready, absent
 
 
 @pytest.mark.usefixtures("peers")
