@@ -114,10 +114,10 @@ class Forked(Way):
         self.branches = []
 
 
-def dynamic_layers(caches: list[DynamicCache]) -> list[DynamicLayer]:
-    """Their layers that hold something."""
-    layers = (layer for cache in caches for layer in cache.layers)
-    return [x for x in layers if isinstance(x, DynamicLayer) and x.keys is not None]
+def held_kv(caches: list[DynamicCache]) -> list[Tensor]:
+    """K and V of each of their layers that holds something."""
+    layers = [x for cache in caches for x in cache.layers if isinstance(x, DynamicLayer)]
+    return [kv for x in layers for kv in (x.keys, x.values) if kv is not None]
 
 
 class Stock(Way):
@@ -157,8 +157,8 @@ class Stock(Way):
         surplus = self.prompt.get_seq_length() - length
         if surplus > 0:
             self.prompt.crop(-surplus)
-            for layer in dynamic_layers([self.prompt]):  # a view of all would be copied with all
-                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+            for kv in held_kv([self.prompt]):  # a view of all would be copied with all
+                kv.data = kv.data.clone()
 
     def begin(self, threads: int) -> None:
         self.prefilled = self.peak_bytes = 0
@@ -183,8 +183,7 @@ class Stock(Way):
         self.note()
 
     def kv_bytes(self) -> int:
-        layers = dynamic_layers(self.caches)
-        return sum(x.numel() * x.element_size() for y in layers for x in (y.keys, y.values))
+        return sum(kv.numel() * kv.element_size() for kv in held_kv(self.caches))
 
     def end(self) -> None:
         self.caches = []

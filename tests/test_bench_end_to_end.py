@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import e2e_models  # noqa: E402
 import end_to_end  # noqa: E402
 from e2e_traces import TRACES, Fork, Serial, Trace  # noqa: E402
-from e2e_ways import Forked, Stock, Way, dynamic_layers  # noqa: E402
+from e2e_ways import Forked, Stock, Way, held_kv  # noqa: E402
 
 CPU = torch.device("cpu")
 PROMPT = list(range(5, 55))
@@ -72,9 +72,9 @@ def test_a_copy_of_a_cut_prompt_is_no_larger(ways: dict[str, Way]) -> None:
         way = ways[name]
         assert isinstance(way, Stock)
         way.begin(3)
-        held = [x for layer in dynamic_layers(way.caches) for x in (layer.keys, layer.values)]
-        assert sum(x.untyped_storage().nbytes() for x in held) == way.kv_bytes()
-        one = sum(x.numel() * 4 for y in dynamic_layers([way.prompt]) for x in (y.keys, y.values))
+        storages = [kv.untyped_storage().nbytes() for kv in held_kv(way.caches)]
+        assert sum(storages) == way.kv_bytes()
+        one = sum(kv.numel() * 4 for kv in held_kv([way.prompt]))
         assert way.kv_bytes() == 3 * one
         way.end()
 
