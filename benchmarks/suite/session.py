@@ -15,7 +15,8 @@ from fork_attn.bench.figures import STEP_LAYERS
 from fork_attn.bench.machine import Limits, clocks, load_average, machine
 from fork_attn.bench.measure import Case, run_case
 from fork_attn.bench.results import line
-from fork_attn.bench.way import told
+from fork_attn.bench.way import FAILED, told
+from fork_attn.costs import device_target, target_costs
 
 SCHEMA = 1
 
@@ -31,8 +32,8 @@ class Session:
         show: called with lines for people.
         only: names of ways; None means all.
         budget: seconds within which cases are begun; the last may end beyond. None: no limit.
-        before: an earlier result, of which cases are kept that the same code measured in the same
-            way on the same machine; the others are measured anew.
+        before: an earlier result. Its cases are kept where the same code measured them in the same
+            way, with plans for the same costs, on the same machine; else all are measured anew.
     """
 
     device: torch.device
@@ -54,6 +55,7 @@ class Session:
             "device": self.device.type,
             "step_layers": STEP_LAYERS[self.device.type],
             "asked": {"seconds": self.seconds, "ways": only},
+            "plan_costs": target_costs(device_target(self.device)),
             "load_before": load_average(),
             "clocks_before": clocks(),
         }
@@ -80,9 +82,11 @@ class Session:
                 f"[{done + 1:3}/{len(left)}, {each * (len(left) - done - 1):4.0f} s left] {text}"
             )
             usable = self._tidied()
+            if not usable:
+                failed[case.id] = _lost(rows.pop(case.id, None), failed.get(case.id))
+                self.show(f"nothing more is measured: {failed[case.id]}")
             self._save(result, limits, todo, rows, failed)
             if not usable:
-                self.show("the device is lost after this case: nothing more is measured")
                 break
         self._save(result, limits, todo, rows, failed)
         return result
@@ -96,14 +100,14 @@ class Session:
 
         def made(by: dict[str, Any]) -> Any:
             found = {k: v for k, v in by.get("machine", {}).items() if k != "date"}
-            return by.get("schema"), found, by.get("asked")
+            return by.get("schema"), found, by.get("asked"), by.get("plan_costs")
 
         commit = result["machine"]["commit"]
         if commit == "unknown" or commit.endswith("-dirty"):
             self.show(f"commit {commit}: what was measured before may be other code's; anew")
             return {}, {}
         if made(before) != made(result):
-            self.show("what was measured before is another commit's or machine's: anew")
+            self.show("what was measured before is another commit's, machine's or setting's: anew")
             return {}, {}
         rows = {row["id"]: row for row in before["cases"]}
         self.show(f"{len(rows)} cases were measured before, {before['machine']['date']}: kept")
@@ -143,3 +147,11 @@ class Session:
         except RuntimeError:
             return False
         return True
+
+
+def _lost(row: dict[str, Any] | None, reason: str | None) -> str:
+    """Why a case has no figures after which the device is of no use: all that ran behind the first
+    that failed failed too, and nothing of it counts."""
+    failures = [f"{name}: {why}" for name, why in (row or {"absent": {}})["absent"].items()]
+    first = [text for text in failures if FAILED in text]
+    return f"the device was lost; {reason or '; '.join(first) or 'no call said so'}"
