@@ -25,8 +25,8 @@ from fork_attn.bench.timing import Timer
 from fork_attn.bench.way import DTYPES, FAILED, WAYS, Absent, Way, told
 
 COLD_BYTES = 128 << 20
-"""Of K and V that a way reads on a CPU before it comes back to the same layer: more than caches
-hold. A GPU's L2 is flushed instead."""
+"""Of K and V that a way reads before it comes back to the same layer: more than caches hold, as in
+a model. Before single calls a GPU's L2 is flushed besides."""
 GPU_QUICK = ("S1", "S2", "S3", "S6", "N1", "N2", "N4", "U1", "T-8192-8")
 
 
@@ -152,8 +152,7 @@ def run_case(
     """
     forest, setting = case.shape.make(), case.setting
     inputs = Inputs(forest, setting)
-    cpu = setting.device.type == "cpu"
-    layers = -(-COLD_BYTES // inputs.unique_bytes) if cpu else 1
+    layers = -(-COLD_BYTES // inputs.unique_bytes)
     kinds = [kind for name, kind in WAYS.items() if only is None or name in only]
     # What is there to hold e4m3 against is no rival, and not absent elsewhere.
     kinds = [k for k in kinds if not k.beside_fp8 or setting.dtype == DTYPES["fp8"]]
