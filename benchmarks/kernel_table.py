@@ -80,6 +80,7 @@ CASES = [
     Case(90, 128, kv="fp8e4nv", page_size=64, tma=True),
     Case(90, 128, dims=(64, 64), group=2, page_size=64, tma=True, extras=True),
     Case(90, 128, dims=(256, 256), page_size=64, tma=True),
+    # No e4m3 on sm_89: Triton 3.6 keeps the conversions of the first target of a process.
     Case(86, 128, dims=(256, 256)),
     Case(120, 128, dims=(256, 256)),
     Case(90, 128, kv="fp8e4nv"),

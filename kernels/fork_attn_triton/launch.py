@@ -264,9 +264,10 @@ def check_pages(plan: torch.Tensor, pages: torch.Tensor, num_pages: int, page_si
         pages: (n,) int32: physical pages, which the plan's runs index.
         num_pages: of the pool, each of `page_size` slots.
     """
-    check_pages_kernel[(PROGRAMS,)](
-        plan, pages, pages.numel(), num_pages, PAGE_SIZE=page_size, BLOCK=BLOCK
-    )
+    with current(plan.device):
+        check_pages_kernel[(PROGRAMS,)](
+            plan, pages, pages.numel(), num_pages, PAGE_SIZE=page_size, BLOCK=BLOCK
+        )
 
 
 def _descriptor(cache: torch.Tensor, body: Body) -> Any:

@@ -44,7 +44,7 @@ def limits(case: object) -> tuple[int, int]:
     if case.sm >= 100:
         return 208, 8
     if case.sm >= 90:
-        return 160 if max(case.dims) > 128 else 96, 0
+        return (184 if case.tma else 160) if max(case.dims) > 128 else 96, 0
     return 208, 0
 
 

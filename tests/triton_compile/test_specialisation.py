@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_bodies import table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from fork_attn.kernels import launch
 from fork_attn.kernels.bodies import Body
-
-PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "kernel_table.py"
-spec = importlib.util.spec_from_file_location("kernel_table", PATH)
-assert spec is not None and spec.loader is not None
-table = importlib.util.module_from_spec(spec)
-sys.modules["kernel_table"] = table  # dataclasses look their module up
-spec.loader.exec_module(table)
 
 DTYPES = {
     "bf16": torch.bfloat16,
