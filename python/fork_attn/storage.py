@@ -153,18 +153,19 @@ class KVStorage:
             host = host.pin_memory()  # torch keeps it until the copy is made
         return host.to(self.device, non_blocking=True)
 
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """K and V, of layers yet to come too, outlive the work queued on a stream."""
-        self._streams.append(stream)
+    def record_streams(self, streams: Sequence[torch.cuda.Stream]) -> None:
+        """K and V, of layers yet to come too, outlive the work queued on streams."""
+        self._streams = list(streams)
         for cache in self.caches():
-            cache.record_stream(stream)
+            for stream in self._streams:
+                cache.record_stream(stream)
 
     def copy_shifted(self, slots: Sequence[tuple[int, int, int]]) -> None:
         """Copies slots (from, to, positions to move on) in every layer, keys turned; no destination
         is a source."""
         src, dst, shifts = torch.tensor(slots, dtype=torch.int64).t().contiguous()
         distances, rows = shifts.unique(return_inverse=True)
-        src, dst, rows = (t.to(self.device) for t in (src, dst, rows))
+        src, dst, rows = (self.sent(t) for t in (src, dst, rows))
         tables: dict[Rope, Sequence[torch.Tensor]] = {}
         for layer in self.layers:
             rope = layer.rope
@@ -172,7 +173,7 @@ class KVStorage:
                 continue
             assert rope is not None
             if rope not in tables:
-                tables[rope] = [t.float().to(self.device) for t in turn_of(rope, distances)]
+                tables[rope] = [self.sent(t.float()) for t in turn_of(rope, distances)]
             torch.ops.fork_attn.shift_rope(
                 *(layer.k_cache, layer.v_cache, src, dst, *tables[rope], rows),
                 *(rope.interleaved, rope.start),
