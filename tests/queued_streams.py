@@ -62,10 +62,17 @@ class QueuedDevice:
         patch(torch.cuda, "current_stream", lambda device: self.current)
         patch(torch.cuda, "stream", lambda stream: stream.use())
         patch(KVStorage, "record_streams", lambda storage, streams: None)
-        patch(OtherStreams, "record", lambda streams, *tensors: self.kept.extend(tensors))
+        patch(OtherStreams, "record", self._record())
         patch(Staging, "send", self._send())
         patch(PageLists, "apply", self._apply(PageLists.apply))
         patch(PageLists, "reserve", self._reserve())
+
+    def _record(self) -> Callable[..., None]:
+        def record(streams: OtherStreams, *tensors: Tensor) -> None:
+            if streams:
+                self.kept.extend(tensors)
+
+        return record
 
     def _apply(self, method: Callable[..., None]) -> Callable[..., None]:
         def apply(lists: PageLists, *args: Any) -> None:
@@ -86,7 +93,7 @@ class QueuedDevice:
         def reserve(lists: PageLists, size: int) -> None:
             before = lists.pages
             if size > len(before):
-                lists.pages = larger = before.new_full((max(size, 2 * len(before)),), 2**30)
+                lists.pages = larger = before.new_zeros(max(size, 2 * len(before)))
                 self.current.queue.append(lambda: larger[: len(before)].copy_(before))
 
         return reserve

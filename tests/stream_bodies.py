@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import torch
 from cache_pair import CachePair
-from device_bodies import Lane, QueuedLane, lanes
+from device_bodies import CudaLane, Lane, QueuedLane, lanes
 from kv_table import KVTable, Model
 
 import fork_attn as fa
@@ -59,6 +59,7 @@ class QueuedSteps:
         if way == "step":  # on the CPU too: page lists stay, and a step is one upload
             self.pair.cache._resident = True
         self.way = way
+        self._kept: list[object] = []  # what is the caller's to keep until streams have read it
         self.results: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
 
     def step(
@@ -74,6 +75,7 @@ class QueuedSteps:
         pair = self.pair
         rows = pair.rows(counts)
         inputs = self._inputs(rows)
+        self._kept.append(inputs)
         outs: list[torch.Tensor] = []
         where = lane.use() if lane is not None and opened_there else nullcontext()
         with where:
@@ -220,8 +222,12 @@ def streams_step_branches_of_their_own(
         if verb == "fork":
             sets[lane] += pair.fork(some[0], 1)
         for lane in (own, *others, pair.cache._streams._uploads):
-            if isinstance(lane, QueuedLane) and rng.random() < 0.3:
+            if lane is None or rng.random() < 0.7:
+                continue
+            if isinstance(lane, QueuedLane):
                 lane.work_until(rng.randint(lane.done, len(lane.queue)))
+            elif isinstance(lane, CudaLane):
+                lane.delay()
     steps.finish(*([] if own is None else [own]), *others)
 
 
