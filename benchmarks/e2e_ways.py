@@ -21,14 +21,18 @@ FORCED = 7
 
 
 class Way(ABC):
-    """Decodes threads that all begin at the first `length` tokens of one prompt."""
+    """Decodes threads that all begin at the end of one prompt."""
 
     prefilled = 0  # tokens read again at joins since begin
     peak_bytes = 0  # of K and V since begin
 
     @abstractmethod
-    def begin(self, length: int, threads: int) -> None:
-        """Goes back to the prompt's first `length` tokens, and forks."""
+    def narrow(self, length: int) -> None:
+        """Keeps the prompt's first `length` tokens alone, for good."""
+
+    @abstractmethod
+    def begin(self, threads: int) -> None:
+        """Goes back to the prompt, and forks."""
 
     @abstractmethod
     def step(self, tokens: list[int]) -> Tensor:
@@ -36,11 +40,11 @@ class Way(ABC):
 
     @abstractmethod
     def replay(self, trace: Trace) -> None:
-        """Runs a trace, forced tokens and all."""
+        """Runs a trace, forced tokens and all, after `begin(1)`."""
 
     @abstractmethod
     def kv_bytes(self) -> int:
-        """Of K and V that are held."""
+        """Of K and V that the threads hold, the prompt's among them."""
 
     def end(self) -> None:  # noqa: B027
         """Lets go of the threads."""
@@ -67,21 +71,23 @@ class Forked(Way):
     def begin_from(self, prompt: list[int], threads: int) -> None:
         """Reads a prompt of its own, and forks."""
         self.end()
-        self.stem = self._read(prompt)
-        self.branches = self.stem.fork(threads)
+        stem = self._read(prompt)
+        self.branches = stem.fork(threads)
+        self.cache.free([stem])
 
-    def begin(self, length: int, threads: int) -> None:
+    def narrow(self, length: int) -> None:
+        self.root.crop(length)
+
+    def begin(self, threads: int) -> None:
         self.end()
         self.prefilled = self.peak_bytes = 0
-        self.stem = self.root.fork_at(length)
-        self.branches = self.stem.fork(threads)
+        self.branches = self.root.fork(threads)
 
     def step(self, tokens: list[int]) -> Tensor:
         rows = {b: [token] for b, token in zip(self.branches, tokens, strict=True)}
         return hf.forward(self.model, rows)
 
     def replay(self, trace: Trace) -> None:
-        self.begin(trace.prefix, 1)
         (parent,) = self.branches
         for phase in trace.phases:
             if isinstance(phase, Serial):
@@ -106,6 +112,12 @@ class Forked(Way):
     def end(self) -> None:
         self.cache.free([b for b in self.branches if b.alive])
         self.branches = []
+
+
+def held_kv(caches: list[DynamicCache]) -> list[Tensor]:
+    """K and V of each of their layers that holds something."""
+    layers = [x for cache in caches for x in cache.layers if isinstance(x, DynamicLayer)]
+    return [kv for x in layers for kv in (x.keys, x.values) if kv is not None]
 
 
 class Stock(Way):
@@ -133,13 +145,6 @@ class Stock(Way):
             )
         return output.logits[:, -1]
 
-    def _copy(self, cache: DynamicCache, length: int | None = None) -> DynamicCache:
-        made = copy.deepcopy(cache)
-        surplus = made.get_seq_length() - length if length is not None else 0
-        if surplus > 0:
-            made.crop(-surplus)
-        return made
-
     @abstractmethod
     def _fork(self, cache: DynamicCache, threads: int) -> list[DynamicCache]:
         """Caches of threads that begin at this one's end."""
@@ -148,14 +153,19 @@ class Stock(Way):
     def _decode(self, caches: list[DynamicCache], lengths: tuple[int, ...]) -> None:
         """Decodes that many forced tokens per thread."""
 
-    def begin(self, length: int, threads: int) -> None:
+    def narrow(self, length: int) -> None:
+        surplus = self.prompt.get_seq_length() - length
+        if surplus > 0:
+            self.prompt.crop(-surplus)
+            for kv in held_kv([self.prompt]):  # a view of all would be copied with all
+                kv.data = kv.data.clone()
+
+    def begin(self, threads: int) -> None:
         self.prefilled = self.peak_bytes = 0
-        self.caches = self._fork(self._copy(self.prompt, length), threads)
+        self.caches = self._fork(self.prompt, threads)
 
     def replay(self, trace: Trace) -> None:
-        self.prefilled = self.peak_bytes = 0
-        parent = self._copy(self.prompt, trace.prefix)
-        self.caches = [parent]
+        (parent,) = self.caches
         for phase in trace.phases:
             if isinstance(phase, Serial):
                 for _ in range(phase.tokens):
@@ -173,14 +183,7 @@ class Stock(Way):
         self.note()
 
     def kv_bytes(self) -> int:
-        tensors = (
-            tensor
-            for cache in [self.prompt, *self.caches]
-            for layer in cache.layers
-            if isinstance(layer, DynamicLayer)
-            for tensor in (layer.keys, layer.values)
-        )
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(kv.numel() * kv.element_size() for kv in held_kv(self.caches))
 
     def end(self) -> None:
         self.caches = []
@@ -190,10 +193,9 @@ class StockBatch(Stock):
     """A row of one batch for each thread, as in `generate`; rows that have ended stay."""
 
     def _fork(self, cache: DynamicCache, threads: int) -> list[DynamicCache]:
-        batch = self._copy(cache)
-        if threads > 1:
-            batch.batch_repeat_interleave(threads)
-        self.threads = threads
+        batch = copy.copy(cache)
+        batch.layers = [copy.copy(layer) for layer in cache.layers]
+        batch.batch_repeat_interleave(threads)  # the one copy
         return [batch]
 
     def step(self, tokens: list[int]) -> Tensor:
@@ -208,7 +210,7 @@ class StockCopies(Stock):
     """A deep copy for each thread, one thread after the other."""
 
     def _fork(self, cache: DynamicCache, threads: int) -> list[DynamicCache]:
-        return [self._copy(cache) for _ in range(threads)]
+        return [copy.deepcopy(cache) for _ in range(threads)]
 
     def step(self, tokens: list[int]) -> Tensor:
         pairs = zip(self.caches, tokens, strict=True)

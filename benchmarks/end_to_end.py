@@ -4,14 +4,15 @@
     python benchmarks/end_to_end.py --json benchmarks/results/end_to_end_cpu.json
 
 All ways run in turn, a block of steps each, every block from the same prefix; the first block warms
-up. Before that their logits are compared. A replay feeds the same tokens to all.
+up. Before that their logits are compared. A replay feeds the same tokens to all. The longest prompt
+is read once, and is cut for shorter ones: longest first. A way that runs out of memory is named.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import e2e_models
 import torch
-from e2e_traces import TRACES, Trace
+from e2e_traces import TRACES, Fork, Trace
 from e2e_ways import Forked, Stock, StockBatch, StockCopies, Way
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
@@ -36,8 +37,11 @@ CELLS: dict[str, tuple[tuple[int, int], ...]] = {
     "cuda": (*_REAL, (16384, 5), (4096, 64), (4096, 128)),
     "quick": ((64, 1), (64, 3)),
 }
-# Of a trace's published lengths: what a CPU decodes in seconds.
-SCALE = {"cpu": 1 / 120, "cuda": 1.0, "quick": 1 / 800}
+# Of a trace's published lengths: what is decoded in seconds.
+SCALE = {"cpu": 1 / 160, "cuda": 1 / 40, "quick": 1 / 800}
+MOST_COPIES = 8  # threads that are decoded one after another: more take minutes
+PAGE = 16
+OUT_OF_MEMORY = "out of memory"
 FIRST_TOKEN = 7
 LOGIT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 
@@ -47,10 +51,26 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def make_ways(model: PreTrainedModel, prompt: list[int], threads: int) -> dict[str, Way]:
+def pages_needed(
+    cells: Iterable[tuple[int, int]], traces: Iterable[Trace], steps: int
+) -> dict[str, int]:
+    """Pages of the prompt, and of what threads add to it."""
+
+    def pages(tokens: int) -> int:
+        return -(-tokens // PAGE) + 1  # a part of a page at each end
+
+    longest = max([cell[0] for cell in cells] + [trace.prefix for trace in traces])
+    added = [threads * pages(steps + 2) for _, threads in cells]
+    for trace in traces:
+        phases = (p.lengths if isinstance(p, Fork) else (p.tokens,) for p in trace.phases)
+        added.append(sum(pages(n) for lengths in phases for n in lengths) + pages(trace.tokens))
+    # A second prompt beside the first: `run_continuous`.
+    return {"prompt": 2 * pages(longest), "added": max(added)}
+
+
+def make_ways(model: PreTrainedModel, prompt: list[int], pages: int) -> dict[str, Way]:
     """All ways over one model's weights, the prompt read by each."""
     stock = plain_copy(model)
-    pages = len(prompt) // 16 * 2 + 256 * threads + 2048
     read = Stock.read(stock, prompt)
     return {
         "fork_attn": Forked(model, prompt, pages),
@@ -59,11 +79,11 @@ def make_ways(model: PreTrainedModel, prompt: list[int], threads: int) -> dict[s
     }
 
 
-def compare_logits(ways: Mapping[str, Way], length: int, threads: int) -> dict[str, float]:
+def compare_logits(ways: Mapping[str, Way], threads: int) -> dict[str, float]:
     """Largest difference of the first step's logits from those of copies decoded one by one."""
     logits = {}
     for name, way in ways.items():
-        way.begin(length, threads)
+        way.begin(threads)
         logits[name] = way.step([FIRST_TOKEN + i for i in range(threads)]).float()
         way.end()
     exact = logits["stock_copies"]
@@ -76,9 +96,24 @@ def compare_logits(ways: Mapping[str, Way], length: int, threads: int) -> dict[s
     return differences
 
 
+def narrow(ways: Mapping[str, Way], length: int) -> None:
+    for way in ways.values():
+        way.narrow(length)
+
+
+def fits(way: Way, work: Callable[[], None]) -> bool:
+    """Does it; whether memory was enough."""
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        way.end()
+    return True
+
+
 def run_cell(
     ways: Mapping[str, Way],
-    length: int,
     threads: int,
     blocks: int,
     steps: int,
@@ -88,26 +123,32 @@ def run_cell(
     taken: dict[str, list[float]] = {name: [] for name in ways}
     forks: dict[str, list[float]] = {name: [] for name in ways}
     held: dict[str, int] = {}
+    absent: dict[str, str] = {}
+
+    def one_block(name: str, way: Way, warm_up: bool) -> None:
+        synchronize(device)
+        began = time.perf_counter()
+        way.begin(threads)
+        synchronize(device)
+        forked = time.perf_counter() - began
+        tokens = way.step([FIRST_TOKEN] * threads).argmax(-1).tolist()
+        began = time.perf_counter()
+        for _ in range(steps):
+            tokens = way.step(tokens).argmax(-1).tolist()
+        seconds = (time.perf_counter() - began) / steps
+        held[name] = way.kv_bytes()
+        if not warm_up:
+            taken[name].append(seconds)
+            forks[name].append(forked)
+
     for block in range(blocks + 1):
         for name, way in ways.items():
-            synchronize(device)
-            began = time.perf_counter()
-            way.begin(length, threads)
-            synchronize(device)
-            forked = time.perf_counter() - began
-            tokens = way.step([FIRST_TOKEN] * threads).argmax(-1).tolist()
-            began = time.perf_counter()
-            for _ in range(steps):
-                tokens = way.step(tokens).argmax(-1).tolist()
-            seconds = (time.perf_counter() - began) / steps
-            held[name] = way.kv_bytes()
-            way.end()
-            if block:
-                taken[name].append(seconds)
-                forks[name].append(forked)
+            if name not in absent and not fits(way, partial(one_block, name, way, block == 0)):
+                absent[name] = OUT_OF_MEMORY
+                taken.pop(name)
     return {
-        "prefix": length,
         "threads": threads,
+        "absent": absent,
         "ways": {
             name: {
                 "step": asdict(Times.of(seconds)),
@@ -125,16 +166,24 @@ def run_trace(
 ) -> dict[str, Any]:
     """Wall time, tokens a second, peak K and V, and tokens read again at joins."""
     found: dict[str, dict[str, Any]] = {}
+    absent: dict[str, str] = {}
     taken: dict[str, list[float]] = {name: [] for name in ways}
+
+    def one_replay(name: str, way: Way) -> None:
+        way.begin(1)
+        synchronize(device)
+        began = time.perf_counter()
+        way.replay(trace)
+        synchronize(device)
+        taken[name].append(time.perf_counter() - began)
+        found[name] = {"peak_kv_bytes": way.peak_bytes, "prefilled_tokens": way.prefilled}
+
     for _ in range(blocks):
         for name, way in ways.items():
-            synchronize(device)
-            began = time.perf_counter()
-            way.replay(trace)
-            synchronize(device)
-            taken[name].append(time.perf_counter() - began)
-            found[name] = {"peak_kv_bytes": way.peak_bytes, "prefilled_tokens": way.prefilled}
-            way.end()
+            if name not in absent and not fits(way, partial(one_replay, name, way)):
+                absent[name] = OUT_OF_MEMORY
+                taken.pop(name)
+                found.pop(name, None)
     for name, seconds in taken.items():
         times = Times.of(seconds)
         found[name] |= {"wall": asdict(times), "tokens_per_s": trace.tokens / times.median}
@@ -145,6 +194,7 @@ def run_trace(
         "tokens": trace.tokens,
         "critical_path": trace.critical_path,
         "joined_tokens": trace.joined_tokens,
+        "absent": absent,
         "ways": found,
     }
 
@@ -195,7 +245,9 @@ def plan_parts(
     """Cells (prompt tokens, threads) and traces to measure."""
     size = "quick" if args.quick else device.type
     cells = [cell for cell in CELLS[size] if cell[1] <= args.most_threads]
-    return cells, [make().scaled(SCALE[size]) for make in TRACES.values()]
+    traces = [make().scaled(SCALE[size]) for make in TRACES.values()]
+    # Longest prompts first: the one that was read is cut.
+    return sorted(cells, key=lambda c: -c[0]), sorted(traces, key=lambda t: -t.prefix)
 
 
 def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
@@ -214,7 +266,7 @@ def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) ->
     model = e2e_models.load(args.model, device)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, 190, (longest,), generator=generator).tolist()
-    ways = make_ways(model, prompt, max(cell[1] for cell in cells))
+    ways = make_ways(model, prompt, sum(pages_needed(cells, traces, args.steps).values()))
     stock = ways["stock_batch"]
     assert isinstance(stock, Stock)
     result |= {"dtype": str(model.dtype).removeprefix("torch."), "cells": [], "traces": []}
@@ -227,18 +279,23 @@ def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) ->
         save(result)
 
     for length, threads in cells:
-        some = dict(ways)
-        if threads > 8 and device.type == "cpu":
-            del some["stock_copies"]  # it would take minutes
+        narrow(ways, length)
+        some, left_out = dict(ways), {}
+        if threads > MOST_COPIES:
+            del some["stock_copies"]
+            left_out["stock_copies"] = f"one thread after another: up to {MOST_COPIES}"
         steps = args.steps if threads <= 8 else max(2, args.steps // 2)
-        compare = compare_logits(ways, length, min(threads, 5))
-        cell = run_cell(some, length, threads, args.blocks, steps, device)
+        compare = compare_logits(ways, min(threads, 5))
+        cell = {"prefix": length, **run_cell(some, threads, args.blocks, steps, device)}
+        cell["absent"] |= left_out
         result["cells"].append({**cell, "logit_differences": compare})
         done(f"{threads} threads over {length} tokens", cell)
     for trace in traces:
+        narrow(ways, trace.prefix)
         result["traces"].append(run_trace(ways, trace, max(1, args.blocks // 3), device))
         done(f"replay of {trace.name}, {trace.tokens} tokens", result["traces"][-1])
-    length, threads = cells[1]
+    length = cells[-1][0]
+    threads = max(n for prefix, n in cells if prefix == length and n <= MOST_COPIES)
     continuous = run_continuous(stock.model, ways, prompt[:length], threads, 4 * args.steps)
     result["continuous"] = continuous
     print(f"[{time.monotonic() - begun:4.0f} s] from the prompt on: {continuous}", flush=True)

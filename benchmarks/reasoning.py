@@ -102,7 +102,7 @@ class Measurement:
         def stock(groups: list[list[int]]) -> tuple[float, list[list[int]], int]:
             seconds, written, held = 0.0, [], 0
             for group in groups:
-                way.begin(length, len(group))
+                way.begin(len(group))
                 began = time.perf_counter()
                 written += stock_generate(self.stock, prompt, group, way.caches[0], config)
                 seconds += time.perf_counter() - began

@@ -146,9 +146,14 @@ def _memory(rows: list[Row]) -> str | None:
     return bars("K and V held for one layer, logarithmic", "MiB", groups[:14])
 
 
+def by_prefix(result: Result) -> list[dict[str, Any]]:
+    """Cells by prompt, then threads."""
+    return sorted(result["cells"], key=lambda cell: (cell["prefix"], cell["threads"]))
+
+
 def _threads(result: Result) -> str | None:
     groups = []
-    for cell in result["cells"]:
+    for cell in by_prefix(result):
         label = f"{cell['threads']} over {cell['prefix']}"
         groups.append((label, [(n, w["tokens_per_s"]) for n, w in cell["ways"].items()]))
     for trace in result["traces"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from report_plots import main_rows, setting
+from report_plots import by_prefix, main_rows, setting
 
 from fork_attn.bench.results import (
     best_rival,
@@ -109,7 +109,9 @@ def _headline_model(result: Result) -> list[str]:
         "| threads over prompt | tokens/s | stock | times | K and V held | stock |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for cell in result["cells"]:
+    for cell in by_prefix(result):
+        if not {"fork_attn", "stock_batch"} <= cell["ways"].keys():
+            continue  # the table of all says why
         own, stock = cell["ways"]["fork_attn"], cell["ways"]["stock_batch"]
         lines.append(
             f"| {cell['threads']} over {cell['prefix']} | {own['tokens_per_s']:.1f} | "
@@ -231,21 +233,29 @@ def _model(result: Result) -> str:
         "| threads over prompt | way | ms a step (p20–p95) | tokens/s | fork ms | K and V |",
         "|---|---|--:|--:|--:|--:|",
     ]
-    for cell in result["cells"]:
+    for cell in by_prefix(result):
+        shape = f"{cell['threads']} over {cell['prefix']}"
         for name, way in cell["ways"].items():
             step, fork = way["step"], way["fork"]
             high = "?" if step["p95"] is None else f"{step['p95'] * 1e3:.1f}"
             forked = "–" if fork is None else f"{fork['median'] * 1e3:.2f}"
             lines.append(
-                f"| {cell['threads']} over {cell['prefix']} | {name} | "
+                f"| {shape} | {name} | "
                 f"{step['median'] * 1e3:.1f} ({step['p20'] * 1e3:.1f}–{high}) | "
                 f"{way['tokens_per_s']:.1f} | {forked} | {_mib(way['kv_bytes'])} |"
             )
+        lines += [
+            f"| {shape} | {name} | {why} | – | – | – |" for name, why in cell["absent"].items()
+        ]
     if result["traces"]:
         lines += ["", *_traces(result)]
     if result.get("continuous"):
         lines += ["", _continuous(result["continuous"])]
     return "\n".join(lines)
+
+
+def _left_out(shape: str, part: dict[str, Any]) -> list[str]:
+    return [f"| {shape} | {name} | {why} | – | – | – |" for name, why in part["absent"].items()]
 
 
 def _traces(result: Result) -> list[str]:
@@ -260,6 +270,9 @@ def _traces(result: Result) -> list[str]:
                 f"| {shape} | {name} | {way['wall']['median']:.2f} | {way['tokens_per_s']:.1f} | "
                 f"{_mib(way['peak_kv_bytes'])} | {way['prefilled_tokens']} |"
             )
+        lines += [
+            f"| {shape} | {name} | {why} | – | – | – |" for name, why in trace["absent"].items()
+        ]
     return lines
 
 

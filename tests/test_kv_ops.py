@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fork_attn import _C, DeviceError, Unsupported, ops_cache
 
@@ -347,6 +348,22 @@ def test_e4m3_caches_need_scales() -> None:
         ops_cache.store_kv(**arguments, **scales)
 
 
+@pytest.mark.parametrize(
+    "name", ["store_kv", "shift_rope", "gather_kv", "copy_pages", "move_slots"]
+)
+def test_no_call_waits_for_a_gpu(name: str) -> None:
+    """On tensors of a GPU that hold nothing, whatever depends on their values is refused."""
+
+    def elsewhere(value: Any) -> Any:
+        if isinstance(value, list):
+            return [elsewhere(x) for x in value]
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+    with FakeTensorMode():
+        arguments = {key: elsewhere(x) for key, x in _arguments()[name].items()}
+        getattr(ops_cache, name)(**arguments)
+
+
 def test_opcheck() -> None:
     arguments = _arguments()
     store = arguments["store_kv"]
@@ -371,7 +388,11 @@ def test_a_failed_launch_is_a_typed_error() -> None:
     cache = torch.zeros(64)
     pages = torch.tensor([0, 1], dtype=torch.int32)
     pointers = (pages.data_ptr(), pages.data_ptr() + 4, 1)
-    error, message = (DeviceError, "copy_pages: ") if _C.cuda_info()["built"] else (Unsupported, "")
+    error, message = (
+        (DeviceError, "copy_pages: ")
+        if _C.cuda_info()["built"]
+        else (Unsupported, "no device code")
+    )
     with pytest.raises(error, match=message):
         _C.copy_pages((0, 0), [(cache.data_ptr(), 16, 16)], *pointers)
     assert not cache.any()

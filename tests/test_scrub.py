@@ -93,7 +93,10 @@ def test_e4m3_has_a_nan() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"FORK_ATTN_DEBUG": "nan"}, "FORK_ATTN_DEBUG: expected '' or 'poison', got 'nan'"),
+        (
+            {"FORK_ATTN_DEBUG": "nan"},
+            "FORK_ATTN_DEBUG: expected '', 'poison', 'pages' or .* got 'nan'",
+        ),
         ({"FORK_ATTN_ZERO_ON_FREE": "yes"}, "FORK_ATTN_ZERO_ON_FREE: expected"),
         ({"FORK_ATTN_DEBUG": "poison", "FORK_ATTN_ZERO_ON_FREE": "1"}, "expected one of them"),
     ],

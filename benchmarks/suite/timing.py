@@ -112,7 +112,8 @@ def in_turn(run: Callable[[int], object], layers: int) -> Call:
 
 
 def graphed(call: Call) -> Call:
-    """The call captured as a CUDA graph; replays it.
+    """The call captured as a CUDA graph; replays it, and keeps what the call holds: a graph reads
+    its tensors' memory without owning it.
 
     Raises:
         RuntimeError: it cannot be captured.
@@ -126,4 +127,8 @@ def graphed(call: Call) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay(kept: Call = call) -> None:
+        graph.replay()
+
+    return replay

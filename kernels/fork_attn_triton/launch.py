@@ -22,6 +22,7 @@ from fork_attn.kernels.bodies import (
     merge_constants,
     padded,
 )
+from fork_attn.kernels.check_pages import BLOCK, PROGRAMS, check_pages_kernel
 from fork_attn.kernels.merge import merge_kernel
 from fork_attn.kernels.tree_attention import tree_attention_kernel
 
@@ -235,6 +236,20 @@ def tree_attention(
             enable_fp_fusion=not batch_invariant,
             **merge_constants(num_q_heads, head_dim_v, sinks is not None, batch_invariant),
         )
+
+
+def check_pages(plan: torch.Tensor, pages: torch.Tensor, num_pages: int, page_size: int) -> None:
+    """Looks on the device at every page that a plan names: one outside the pool, or a run outside
+    the lists, fails a device-side assertion (InterpreterError under `testing.triton_interpreter`).
+
+    Args:
+        plan: (words,) int64 on the device.
+        pages: (n,) int32: physical pages, which the plan's runs index.
+        num_pages: of the pool, each of `page_size` slots.
+    """
+    check_pages_kernel[(PROGRAMS,)](
+        plan, pages, pages.numel(), num_pages, PAGE_SIZE=page_size, BLOCK=BLOCK
+    )
 
 
 def _descriptor(cache: torch.Tensor, body: Body) -> Any:

@@ -7,6 +7,7 @@ import triton.language as tl
 
 # Header fields of the plan, by their place (plan_format.PlanHeader; a test compares).
 NUM_TOKENS = tl.constexpr(3)
+NUM_RUNS = tl.constexpr(7)
 WINDOW_SIZE = tl.constexpr(14)
 OFF_BLOCKS = tl.constexpr(17)
 OFF_TOKENS = tl.constexpr(18)

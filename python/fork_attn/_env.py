@@ -7,7 +7,9 @@
 `datasheet`; unset: the file in the user's cache directory, if it was measured on this machine, \
 else datasheet figures. Read once, when a cache or a plan is first made |
 | `FORK_ATTN_DEBUG` | `poison`: K and V in slots that no branch sees are NaN, so that a wrong read \
-shows; slow. Read when a cache is made |
+shows; slow; read when a cache is made. `pages`: backend `triton` looks on the device at every \
+page that a plan names before it attends; one outside the cache fails a device-side assertion. \
+Or both: `poison,pages` |
 | `FORK_ATTN_ZERO_ON_FREE` | `1`: pages are overwritten with zeros before they can be reused. Read \
 when a cache is made |
 """
@@ -29,7 +31,22 @@ def costs() -> str:
 
 def poison() -> bool:
     """Whether unseen slots hold NaN."""
-    return _choice("FORK_ATTN_DEBUG", {"": False, "poison": True})
+    return "poison" in _debug()
+
+
+def checks_pages() -> bool:
+    """Whether plans' pages are looked at on the device."""
+    return "pages" in _debug()
+
+
+def _debug() -> tuple[str, ...]:
+    value = os.environ.get("FORK_ATTN_DEBUG", "")
+    chosen = tuple(value.split(",")) if value else ()
+    if not set(chosen) <= {"poison", "pages"}:
+        raise ValueError(
+            f"FORK_ATTN_DEBUG: expected '', 'poison', 'pages' or 'poison,pages', got {value!r}"
+        )
+    return chosen
 
 
 def zero_on_free() -> bool:

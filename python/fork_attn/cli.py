@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fork_attn
-from fork_attn import _C, _env, costs, demo, ops, ops_triton, plan_command, reason_command
+from fork_attn import _C, _env, costs, demo, ops, plan_command, reason_command
 from fork_attn.bench import command as bench_command
 from fork_attn.calibrate import command as calibrate_command
 
@@ -129,12 +129,7 @@ def info() -> dict[str, Any]:
         "extension": {"path": _C.__file__, **_C.build_info()},
         "cuda": cuda,
         "torch_cuda": {"built_for": torch.version.cuda, "available": torch.cuda.is_available()},
-        "backends": {
-            name: "available" if name in ops.AVAILABLE else "not part of this version"
-            for name in ops.BACKENDS
-            if name != "auto"
-        }
-        | {"triton": ops_triton.state()},
+        "backends": ops.backend_states(),
         "default_backend": _env.default_backend(),
         "costs": _costs(),
     }

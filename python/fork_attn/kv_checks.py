@@ -98,7 +98,7 @@ def check_slots(
     checks.tensor(name, slots, shape=(count,), dtype=torch.int64, device=cache.device)
     check_range(name, slots, None if padding else 0, cache.shape[0] * cache.shape[1])
     if distinct:
-        check_distinct(name, slots[slots >= 0] if padding else slots)
+        check_distinct(name, slots, padding=padding)
     return slots.shape[0]
 
 
@@ -112,10 +112,11 @@ def check_range(name: str, values: Tensor, low: int | None, end: int) -> None:
         raise ValueError(f"{name}: expected {first} to {end - 1}, got {got}")
 
 
-def check_distinct(name: str, values: Tensor) -> None:
+def check_distinct(name: str, values: Tensor, *, padding: bool = False) -> None:
+    """On a GPU nothing is looked at: that would wait for it. Negative values are `padding`."""
     if values.device.type != "cpu":
         return
-    ordered = values.sort().values
+    ordered = (values[values >= 0] if padding else values).sort().values
     again = ordered[1:][ordered[1:] == ordered[:-1]]
     if again.numel():
         raise ValueError(f"{name}: expected each at most once, got {int(again[0])} twice")

@@ -56,6 +56,26 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+def backend_states() -> dict[str, str]:
+    """Of every backend "available", or why it cannot run on any device that is here."""
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    return {name: _state(name, devices) for name in BACKENDS if name != "auto"}
+
+
+def _state(backend: str, devices: list[torch.device]) -> str:
+    why = ""
+    for device in devices:
+        try:
+            resolve_backend(backend, device)
+        except Unsupported as error:
+            why = str(error).removeprefix(f"backend {backend!r} ").removeprefix("is ")
+        else:
+            return "available"
+    return why
+
+
 def _tree_attention_cpu(
     q: torch.Tensor,
     k_cache: torch.Tensor,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fork_attn import _env
 from fork_attn.errors import Unsupported
 from fork_attn.plan import Plan
 from fork_attn.plan_format import header, sections
@@ -29,16 +30,6 @@ _library.define(
     "Tensor? sinks, Tensor? k_scale, Tensor? v_scale, str merge='inside', "
     "bool batch_invariant=False) -> (Tensor, Tensor)"
 )
-
-
-def state() -> str:
-    """Whether the backend can run here, and why not, for `fork-attn info`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        require_triton(device)
-    except Unsupported as error:
-        return str(error).removeprefix("backend 'triton' ")
-    return "available"
 
 
 def require_triton(device: torch.device) -> None:
@@ -84,6 +75,8 @@ def _launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fork_attn.kernels import launch
 
+    if _env.checks_pages():
+        launch.check_pages(plan, pages, min(len(k_cache), len(v_cache)), k_cache.shape[1])
     out, lse = _fake(q, k_cache, v_cache, plan, pages, partial_out, partial_lse, counters, num_rows)
     launch.tree_attention(
         q,

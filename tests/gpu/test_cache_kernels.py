@@ -202,10 +202,17 @@ def test_cuda_graphs_capture_them() -> None:
     k = torch.randn(4, 2, 64, device="cuda")
     slots, scale = torch.arange(4, device="cuda"), torch.ones(2, device="cuda")
     pages = torch.tensor([0, 5], dtype=torch.int32, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def work() -> None:
         ops_cache.store_kv(k, k, cache, other, slots, k_scale=scale, v_scale=scale)
         ops_cache.copy_pages([cache, other], pages[:1], pages[1:])
+
+    work()  # kernels are loaded at their first launch
+    for x in (cache, other):
+        x.view(torch.uint8).zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
     assert not cache.view(torch.uint8).any()
     k.copy_(torch.randn(4, 2, 64))
     graph.replay()

@@ -59,6 +59,7 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 3,
     fuse: bool = True,
+    debug: bool = False,
 ) -> Compiled:
     """Compiles `kernel` for sm_`arch`.
 
@@ -69,14 +70,19 @@ def compile_kernel(
         constants: the values of the constexpr parameters.
         arch: 80, 90 or 100.
         aligned: parameters that are divisible by 16, as the JIT would see.
-        num_warps, num_stages: as in a launch; `fuse` is its enable_fp_fusion.
+        num_warps, num_stages, debug: as in a launch; `fuse` is its enable_fp_fusion.
     """
     names = list(signature)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(
         fn=kernel, signature=dict(signature), constexprs=dict(constants), attrs=attributes
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": fuse,
+        "debug": debug,
+    }
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"

@@ -8,6 +8,7 @@ Import with TRITON_INTERPRET=1 set, before any kernel runs; `install` patches th
 * Products are BLAS's, which may round a row as its neighbours make it; not within
   `row_independent_products`.
 * Any active lane outside the tensors of a launch raises IndexError.
+* Assertions of kernels hold, as in a kernel that is compiled for debugging.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -204,4 +206,7 @@ def install() -> None:
     _Builder.create_masked_store = _checked(_Builder.create_masked_store, "store", 2)
     _Builder.create_atomic_rmw = _checked(_Builder.create_atomic_rmw, "atomic", 3)
     _Builder.set_grid_idx = _reordered(_Builder.set_grid_idx)
+    builder = interpreter.interpreter_builder
+    # Sums of arms that are not selected may wrap.
+    builder.options = replace(builder.options, debug=True, sanitize_overflow=False)
     interpreter.GridExecutor.__call__ = _remember_memory(interpreter.GridExecutor.__call__)
