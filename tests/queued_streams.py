@@ -15,7 +15,6 @@ from torch import Tensor
 
 import fork_attn as fa
 from fork_attn.staging import RING, PageLists, Staging
-from fork_attn.storage import KVStorage
 from fork_attn.streams import OtherStreams
 
 
@@ -61,7 +60,6 @@ class QueuedDevice:
         patch(torch.cuda, "Stream", self.Stream)
         patch(torch.cuda, "current_stream", lambda device: self.current)
         patch(torch.cuda, "stream", lambda stream: stream.use())
-        patch(KVStorage, "record_streams", lambda storage, streams: None)
         patch(OtherStreams, "record", self._record())
         patch(Staging, "send", self._send())
         patch(PageLists, "apply", self._apply(PageLists.apply))

@@ -1,5 +1,5 @@
-"""Steps on several streams, written once: tests/gpu runs them on a card, tests/test_page_lists.py and
-tests/triton_interpreter on the CPU, where work on another stream is queued."""
+"""Steps on several streams, written once: tests/gpu runs them on a card, tests/test_page_lists.py
+and tests/triton_interpreter on the CPU, where work on another stream is queued."""
 
 from __future__ import annotations
 
@@ -203,8 +203,8 @@ def streams_step_branches_of_their_own(
     for lane in others:
         lane.announce(pair.cache)
         lane.delay()
-    sets = {lane: [*branches, *pair.fork(root, 1)] for lane, branches in zip(
-        (own, *others), (first[:1], pair.fork(root, 1), pair.fork(root, 1)))}
+    mine = [*pair.fork(root, 1), first[0]]
+    sets = {own: mine, **{lane: pair.fork(root, 2) for lane in others}}
     for _ in range(turns):
         lane, mine = rng.choice(list(sets.items()))
         some = rng.sample(mine, rng.randint(1, len(mine)))

@@ -1,5 +1,7 @@
-"""What queued attention of other streams reads, page lists included, is not written over: on the CPU,
-with streams that are queues. By the Triton kernel: tests/triton_interpreter; on a card: tests/gpu."""
+"""What queued attention of other streams reads, page lists included, is not written over.
+
+On the CPU, with streams that are queues; by the Triton kernel: tests/triton_interpreter; on a card:
+tests/gpu."""
 
 from __future__ import annotations
 

@@ -112,10 +112,10 @@ class ContextStore {
     return static_cast<int32_t>((slots + page_size_ - 1) / page_size_);
   }
 
-  // Pages, and places of page lists, that are given up from now on wait for the end of an epoch. May
-  // throw.
+  // Pages, and places of page lists, that are given up from now on wait for the end of an epoch.
+  // May throw.
   void defer();
-  int64_t close_epoch() noexcept;  // its name; 0 if nothing was given up in it
+  int64_t close_epoch() noexcept;             // its name; 0 if nothing was given up in it
   int32_t end_epoch(int64_t epoch) noexcept;  // how many pages became free
 
   Pool<Segment> segments;

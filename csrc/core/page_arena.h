@@ -4,7 +4,8 @@
 //
 // Where other streams than the cache's own were announced, their queued work may still read a place
 // that was given up, or entries that were dropped: the place waits for the end of the epoch it was
-// given up in, as pages do (page_pool.h), and a list that dropped entries moves before it gets others.
+// given up in, as pages do (page_pool.h), and a list that dropped entries moves before it gets
+// others.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +22,7 @@ struct ArenaPlace {
   int32_t begin = 0;
   int32_t capacity = 0;     // 0: none yet
   int32_t known = 0;        // leading entries that the device has, or is told of in this step
-  int32_t told = 0;         // leading entries that queued work may read, since dropped ones included
+  int32_t told = 0;         // leading entries that queued work may read, dropped ones among them
   uint32_t generation = 0;  // of the device's array that it has them in
 };
 
@@ -166,7 +167,8 @@ class PageArena {
   }
 
   static constexpr int kSizes = 31;
-  std::vector<int32_t> next_;  // as long as the array; read at the begins of free places, pending ones
+  std::vector<int32_t>
+      next_;  // as long as the array; read at the begins of free places, pending ones
   std::array<int32_t, kSizes> free_;
   int32_t pending_ = -1;  // places that wait, a list through next_
   int64_t epoch_ = 1;     // as the page pool counts them

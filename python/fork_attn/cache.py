@@ -116,6 +116,7 @@ class ForkedKVCache:
         self._lists: PageLists | None = None
         self._staging = Staging(self.device)
         self._streams = OtherStreams(self._core, self.device)
+        self._storage.record = self._streams.record
         self._books = Books(self._core, self._streams, make_scrub(self._core, self._storage))
         self._step_ref: weakref.ref[Step] | None = None
         self._find_ropes: Callable[[], Sequence[Rope]] | None = None  # if not given; may refuse
@@ -327,7 +328,7 @@ class ForkedKVCache:
         """
         if not self._streams.announce(stream):
             return
-        self._storage.record_streams(self._streams.known)
+        self._streams.record(*self._storage.caches())
         if self._lists is not None:
             self._streams.record(self._lists.pages)
         if self._open_step is not None:

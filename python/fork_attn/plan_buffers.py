@@ -180,7 +180,9 @@ class PlanBuffers:
             with streams.uploading():  # of other steps too, of which this one's plans may know
                 if news.count or news.num_moves:
                     num_moved = news.fill(core, staging.buffer(layout.num_bytes))
-                    sent = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self._block.device)
+                    sent = torch.empty(
+                        layout.num_bytes, dtype=torch.uint8, device=self._block.device
+                    )
                     staging.send(layout.num_bytes, sent)
                     self.cache._page_lists.apply(news, sent, num_moved)
         except BaseException:

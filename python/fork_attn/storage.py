@@ -37,7 +37,7 @@ class KVStorage:
         self.page_size = page_size
         self.dtype = dtype
         self.device = device
-        self._streams: list[torch.cuda.Stream] = []
+        self.record: Callable[[torch.Tensor], None] | None = None  # of new memory: `OtherStreams`
         self.fill_new: Callable[[torch.Tensor], None] | None = None  # of a layer's new memory
         if not lazy:
             for layer in layers:
@@ -153,13 +153,6 @@ class KVStorage:
             host = host.pin_memory()  # torch keeps it until the copy is made
         return host.to(self.device, non_blocking=True)
 
-    def record_streams(self, streams: Sequence[torch.cuda.Stream]) -> None:
-        """K and V, of layers yet to come too, outlive the work queued on streams."""
-        self._streams = list(streams)
-        for cache in self.caches():
-            for stream in self._streams:
-                cache.record_stream(stream)
-
     def copy_shifted(self, slots: Sequence[tuple[int, int, int]]) -> None:
         """Copies slots (from, to, positions to move on) in every layer, keys turned; no destination
         is a source."""
@@ -193,8 +186,8 @@ class KVStorage:
                 _C.advise_huge_pages(cache.data_ptr(), cache.numel() * cache.element_size())
             if self.fill_new is not None:
                 self.fill_new(cache)
-            for stream in self._streams:
-                cache.record_stream(stream)
+            if self.record is not None:
+                self.record(cache)
 
     def caches(self) -> list[torch.Tensor]:
         if self.device.type == "meta":

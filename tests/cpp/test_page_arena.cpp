@@ -1,6 +1,6 @@
-// Page lists at random, beside a device's array that the news are applied to: every list that a step
-// names is there, and where other streams were announced, so is every list that their queued work
-// still reads. `test_page_arena [seed] [steps]`.
+// Page lists at random, beside a device's array that the news are applied to: every list that a
+// step names is there, and where other streams were announced, so is every list that their queued
+// work still reads. `test_page_arena [seed] [steps]`.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -64,8 +64,7 @@ class Walk {
         lists_.erase(lists_.begin() + static_cast<std::ptrdiff_t>(i));
       } else if (chance(25) && !list.pages.empty()) {
         list.pages.resize(static_cast<std::size_t>(pick(static_cast<int64_t>(list.pages.size()))));
-        list.place.known =
-            std::min(list.place.known, static_cast<int32_t>(list.pages.size()));
+        list.place.known = std::min(list.place.known, static_cast<int32_t>(list.pages.size()));
       } else if (chance(10) && !list.pages.empty()) {
         list.pages[static_cast<std::size_t>(pick(static_cast<int64_t>(list.pages.size())))] = -1;
       }

@@ -1,5 +1,5 @@
-"""Tree attention of steps on several streams, over page lists that stay on the device: nothing that is
-queued is written over. Streams are queues here."""
+"""Tree attention of steps on several streams, over page lists that stay on the device: nothing that
+is queued is written over. Streams are queues here."""
 
 from __future__ import annotations
 
