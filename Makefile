@@ -64,7 +64,7 @@ bench-report: $(VENV)/.installed-dev  ## README's headline, docs/benchmarks.md a
 wheels:  ## manylinux wheels for the Pythons at hand, tried in clean environments; into dist
 	.ci/wheels
 
-gpu:  ## on a GPU machine, in ten minutes: build, test, measure; PART=build|tests|baseline|tune|bench|dry
+gpu:  ## on a GPU machine, in ten minutes: build, test, measure; PART=tests|sanitizer|baseline|tune|bench|end_to_end|dry
 	$(if $(filter dry,$(PART)),$(MAKE) $(VENV)/.installed-dev)
 	PYTHON=$(if $(filter dry,$(PART)),$(PY),$(PYTHON)) benchmarks/gpu/run.sh $(or $(PART),all)
 

@@ -5,8 +5,10 @@ They show that page tables, lengths and row ranges say what they should, no more
 
 from __future__ import annotations
 
+import math
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tens
         rows, keys = scores.shape[1:]
         ahead = torch.ones(rows, keys, dtype=torch.bool).triu(keys - rows + 1)
         scores = scores.masked_fill(ahead, -torch.inf)
-    return torch.einsum("hrn,nhd->rhd", scores.softmax(-1), v), scores.logsumexp(-1).T
+    return torch.einsum("hrn,nhd->rhd", scores.softmax(-1), v), scores.float().logsumexp(-1).T
 
 
 def _paged(cache: Tensor, pages: Tensor, length: int) -> Tensor:
@@ -38,10 +40,21 @@ def flash_attn_with_kvcache(
     page_table: Tensor,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    scheduler_metadata: Tensor | None = None,
     return_softmax_lse: bool = False,
 ) -> Any:
     """FlashAttention-3's: q (batch, rows, heads, dim), or (rows, heads, dim) with cu_seqlens_q."""
+    scale = q.shape[-1] ** -0.5
+    assert math.isclose(softmax_scale or scale, scale) and (softcap, window_size) == (0, (-1, -1))
+    if scheduler_metadata is not None:
+        size, most = k_cache.shape[1], q.shape[1] if cu_seqlens_q is None else max_seqlen_q
+        facts = [len(cache_seqlens), most, page_table.shape[1] * size, q.shape[-2]]
+        facts += [k_cache.shape[2], q.shape[-1], size, int(causal)]
+        assert scheduler_metadata.tolist() == [*facts, *cache_seqlens.tolist()]
     if cu_seqlens_q is None:
         bounds = [i * q.shape[1] for i in range(len(q) + 1)]
     else:
@@ -58,7 +71,32 @@ def flash_attn_with_kvcache(
     return (out, torch.cat(lses).T.contiguous()) if return_softmax_lse else out
 
 
-flash_attn_interface = SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    page_size: int | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """FlashAttention-3's; what a call checks that it was made for."""
+    assert page_size is not None and headdim_v is None
+    assert cu_seqlens_q is None or len(cu_seqlens_q) == batch_size + 1
+    facts = [batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim]
+    return torch.tensor([*facts, page_size, int(causal), *cache_seqlens.tolist()])
+
+
+flash_attn_interface = ModuleType("flash_attn_interface")
+flash_attn_interface.__spec__ = ModuleSpec("flash_attn_interface", None)
+vars(flash_attn_interface).update(
+    flash_attn_with_kvcache=flash_attn_with_kvcache, get_scheduler_metadata=get_scheduler_metadata
+)
 
 
 def _flash_2(q: Tensor, k_cache: Tensor, v_cache: Tensor, **kwargs: Any) -> Any:
@@ -87,6 +125,8 @@ def varlen_attn(
     """torch.nn.attention.varlen's."""
     assert enable_gqa and window_size == (-1, 0) and max_k == int(seqused_k.max())
     assert cu_seq_k.diff().tolist() == seqused_k.tolist()
+    if key.shape[1] % 256:
+        raise RuntimeError("Paged KV cache block size must be divisible by 256")
     out: Tensor = flash_attn_with_kvcache(
         query,
         key,

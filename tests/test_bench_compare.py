@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fork_attn.bench import compare, measure
+from fork_attn.bench import compare, measure, session
 from fork_attn.bench.compare import OVERALL, SLACK
 from fork_attn.cli import main
 
@@ -30,7 +30,7 @@ def result(**factors: float) -> dict[str, Any]:
         row["ways"]["noisy"]["cold"]["p20"] *= 0.5
         cases.append(row)
     machine = {"cpu": "a processor", "threads": 2, "capability": "AVX512"}
-    return {"schema": measure.SCHEMA, "machine": machine, "cases": cases}
+    return {"schema": session.SCHEMA, "machine": machine, "cases": cases}
 
 
 def test_the_same_is_no_regression_on_a_slower_machine_either() -> None:

@@ -51,3 +51,72 @@ def test_a_graph_keeps_the_tensors_that_it_reads(monkeypatch: pytest.MonkeyPatch
     del replay
     gc.collect()
     assert q() is None
+
+
+class Events:
+    """Stands for a GPU: notes in which order the host asks it for what."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        note = self.asked.append
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                note("event")
+
+            def synchronize(self) -> None:
+                note("wait")
+
+            def elapsed_time(self, end: object) -> float:
+                return 1.0
+
+        class Flush:
+            def zero_(self) -> None:
+                note("flush")
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: note("pause"))
+        monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: Flush())
+
+
+TIMER = timing.Timer(torch.device("cuda"), 0.0, 2, 2)
+
+
+def test_a_warm_call_follows_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Events(monkeypatch).asked
+    calls = {name: (lambda name=name: asked.append(name)) for name in "ab"}
+    times = TIMER.measure(calls, warm=True)
+    one = "pause {0} event {0} event wait "
+    expected = "a b " + "".join(one.format(name) for name in "abba")
+    assert " ".join(asked) == expected.strip()
+    assert times["a"].median == 1e-3
+
+
+def test_a_cold_call_is_launched_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Events(monkeypatch).asked
+    TIMER.measure({"a": lambda: asked.append("a")}, cold=True)
+    assert asked[1:7] == ["flush", "pause", "event", "a", "event", "wait"]
+    asked.clear()
+    TIMER.measure({"a": lambda: asked.append("a")})
+    assert asked[1:5] == ["event", "a", "event", "wait"]
+
+
+def test_on_a_cpu_each_round_is_one_call() -> None:
+    calls: list[str] = []
+    timer = timing.Timer(torch.device("cpu"), 0.0, 3, 3)
+    for options in ({}, {"cold": True}, {"warm": True}):
+        calls.clear()
+        timer.measure({"a": lambda: calls.append("a")}, **options)
+        assert len(calls) == 1 + 3
+
+
+def test_a_call_that_raises_is_named() -> None:
+    def broken() -> None:
+        raise OSError("no")
+
+    with pytest.raises(timing.CallFailed, match="b: OSError: no") as caught:
+        timing.Timer(torch.device("cpu"), 0.0).measure({"a": list, "b": broken})
+    assert caught.value.name == "b" and isinstance(caught.value.__cause__, OSError)

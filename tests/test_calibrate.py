@@ -125,6 +125,21 @@ def test_the_command_writes_a_file_that_plans_follow(
     assert costs.target_costs("cpu")["item_ns"] == pytest.approx(650.0, rel=1e-3)
 
 
+def test_what_was_measured_is_shown_where_it_fits_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = measure.Effort(2e5, 1 << 24, 1)
+    monkeypatch.setattr(measure, "effort", lambda device, quick: small)
+    monkeypatch.setattr(measure, "_time", lambda cases, *rest: [7e3] * len(cases))
+    before = _C.target_costs("cpu")
+    out = tmp_path / "x.json"
+    assert cli.main(["calibrate", "--target", "cpu", "--out", str(out)]) == 2
+    complaint = capsys.readouterr().err
+    assert "twice the memory took no longer" in complaint
+    assert complaint.count(" 7.0 ") >= 10 and "predicted us" in complaint
+    assert not out.exists() and _C.target_costs("cpu") == before
+
+
 def test_a_gpu_that_is_not_here_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

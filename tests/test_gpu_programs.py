@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -38,16 +37,3 @@ def test_points_are_the_fastest_of_ours_and_of_the_others() -> None:
     assert roofline.points(cases, True) == [(8.0, 80.0)]
     assert roofline.points(cases, False) == [(8.0, 20.0)]
     assert roofline.roof(10.0, 40.0, [2.0, 8.0]) == [(1.0, 10.0), (4.0, 40.0), (16.0, 40.0)]
-
-
-def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks/gpu/run.sh"
-    done = subprocess.run(
-        ["bash", str(script), "test"],
-        env={"OUT": str(tmp_path), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "expected all, build, tests, baseline, tune, bench or dry, got 'test'" in done.stderr

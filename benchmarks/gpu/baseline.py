@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,14 +18,13 @@ import torch.nn.functional as F
 from machine import commit, machine, versions
 from timing import measure
 
+from fork_attn.bench import results
 from fork_attn.bench.machine import clocks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), help="folder of results"
-    )
+    parser.add_argument("--json", type=Path, required=True, help="file to write")
     parser.add_argument("--rounds", type=int, default=40, help="timed calls of each kernel")
     parser.add_argument("--dry", action="store_true", help="small shapes on the CPU")
     args = parser.parse_args()
@@ -48,16 +46,8 @@ def main() -> None:
         "dense_attention": measure_dense_attention(device, args.rounds),
         "clocks_after": clocks(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"baseline-{_slug(report)}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten to {path}")
-
-
-def _slug(report: dict[str, Any]) -> str:
-    if report["dry"]:
-        return "dry"
-    return str(report["machine"]["gpu"]["name"]).lower().replace(" ", "-")
+    results.write(args.json, report)
+    print(f"\nwritten to {args.json}")
 
 
 def measure_roofs(device: torch.device, rounds: int) -> dict[str, float]:
@@ -89,7 +79,7 @@ def measure_roofs(device: torch.device, rounds: int) -> dict[str, float]:
 
 def measure_dense_attention(device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """Prefill rates, bf16, 32 query and 8 KV heads of 128: the compute roof of attention."""
-    results = []
+    rows = []
     for length in (128,) if device.type == "cpu" else (4096, 16384):
         for causal in (False, True):
             q, k, v = (
@@ -106,8 +96,8 @@ def measure_dense_attention(device: torch.device, rounds: int) -> list[dict[str,
                     f"{flops / times.median / 1e12:8.1f} TFLOP/s",
                     flush=True,
                 )
-            results.append(row)
-    return results
+            rows.append(row)
+    return rows
 
 
 def _dense_calls(

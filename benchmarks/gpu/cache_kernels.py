@@ -1,9 +1,9 @@
 """Bandwidth of the cache's kernels against a plain copy measured in turn with them.
 
-    python benchmarks/gpu/cache_kernels.py --out FOLDER [--rounds N] [--dry]
+    python benchmarks/gpu/cache_kernels.py --json FILE [--rounds N] [--dry]
 
-Writes cache_kernels.json: per case the bytes that have to be read and written, the median time with
-a cold L2, and the fraction of the copy's bytes per second.
+Adds `cache_kernels` to what the file holds: per case the bytes that have to be read and written,
+the median time with a cold L2, and the fraction of the copy's bytes per second.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from timing import measure
 from torch import Tensor
 
 from fork_attn import merge_states, ops_cache
+from fork_attn.bench import results
 
 FP8 = torch.float8_e4m3fn
 HEADS, DIM, PAGE = 8, 128, 16
@@ -116,7 +117,7 @@ def cases(dry: bool) -> dict[str, tuple[Callable[[], object], int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--json", type=Path, required=True, help="file of results to add to")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--dry", action="store_true", help="small shapes on the CPU")
     args = parser.parse_args()
@@ -147,15 +148,16 @@ def main() -> None:
         )
         microseconds = times["call"].median * 1e6
         print(f"{name:44} {microseconds:9.1f} us {rate / 1e9:8.0f} GB/s {rate / copy_rate:6.1%}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    result = {
+    held = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+    held["cache_kernels"] = {
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
         "rounds": args.rounds,
         "cases": rows,
     }
-    (args.out / "cache_kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+    results.write(args.json, held)
+    print(f"added to {args.json}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-# Source this on the GPU machine: unpacks the peers once and puts them on PYTHONPATH.
+# Source this on the GPU machine: unpacks the peers once and puts them on PYTHONPATH; status 1 if it
+# cannot, with nothing changed but the folder.
 # Copied beside the wheels by collect.sh. Environment: PEERS_SITE, the folder to unpack into.
 peers=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 site=${PEERS_SITE:-${TMPDIR:-/tmp}/fork-attn-peers-site}
 if [ ! -f "$site/.ready" ]; then
     "${PYTHON:-python3}" -m pip --disable-pip-version-check install -q --no-index --no-deps --no-compile \
-        --no-cache-dir --upgrade --target "$site" "$peers"/*.whl
-    "${PYTHON:-python3}" - "$peers" "$site" <<'PY'
+        --no-cache-dir --upgrade --target "$site" "$peers"/*.whl || return 1
+    "${PYTHON:-python3}" - "$peers" "$site" <<'PY' || return 1
 import lzma
 import pathlib
 import shutil

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import inspect
+import io
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from fork_attn.bench import compare, measure, results
 from fork_attn.bench.machine import kind, machine
+from fork_attn.bench.session import Session
 from fork_attn.bench.shapes import SHAPES, Heads
 from fork_attn.bench.way import DTYPES, WAYS
 
@@ -38,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=2.0, help="of timing each case (default 2)"
     )
     parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begins cases within these only, and names those not reached; cases that the file of"
+        " --json has already, of the same commit and machine, are kept",
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="writes the result, a CSV beside it"
     )
     parser.add_argument(
@@ -46,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; the exit status is 1 after a regression, 2 where an argument is off."""
+    """Runs the command; the exit status is 1 after a regression or where a case or a way of this
+    package failed, 2 where an argument is off."""
     if args.list:
         return _list()
     try:
@@ -56,25 +66,47 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"ways: expected of {', '.join(WAYS)}, got {name!r}")
         heads = [Heads.parse(text) for text in args.heads] if args.heads else None
         todo = measure.cases(device, args.quick, args.shapes, heads, args.dtypes, args.page_sizes)
+        if args.budget is not None and not args.budget > 0:
+            raise ValueError(f"budget: expected seconds above 0, got {args.budget}")
         then = json.loads(args.against.read_text()) if args.against else None
         if then is not None:
             _require_same_kind(device, then)
+        before = _before(args.json) if args.budget is not None else None
     except (ValueError, OSError, KeyError) as error:
         print(f"fork-attn bench: {error}", file=sys.stderr)
         return 2
-    now = measure.run(
-        todo, device, args.seconds, lambda result: _save(args.json, result), _show, args.ways
+    session = Session(
+        device,
+        args.seconds,
+        lambda result: _save(args.json, result),
+        _show,
+        args.ways,
+        args.budget,
+        before,
     )
+    now = session.run(todo)
     _show_absent(now)
+    failed = _show_not_measured(now)
     if then is None:
-        return 0
+        return failed
     try:
         found = compare.compare(now, then)
     except ValueError as error:
         print(f"fork-attn bench: {error}", file=sys.stderr)
         return 2
     print("\n".join(compare.show(found)))
-    return 1 if found.regressed else 0
+    return 1 if found.regressed else failed
+
+
+def _before(path: Path | None) -> dict[str, Any] | None:
+    """What the file of --json has, or None where there is none yet."""
+    if path is None or not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"json: expected results to go on with in {path}: {error}") from None
+    return found
 
 
 def _device(name: str | None) -> torch.device:
@@ -102,10 +134,12 @@ def _save(path: Path | None, result: dict[str, Any]) -> None:
         return
     results.write(path, result)
     rows = list(results.flat(result))
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, fields, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    results.replace(path.with_suffix(".csv"), text.getvalue())
 
 
 def _show_absent(result: dict[str, Any]) -> None:
@@ -117,6 +151,21 @@ def _show_absent(result: dict[str, Any]) -> None:
         print("absent:")
     for (name, why), count in sorted(reasons.items()):
         print(f"  {name:28}{count:3} cases: {why}")
+
+
+def _show_not_measured(result: dict[str, Any]) -> int:
+    """Names what failed and what was not reached; 1 where something failed."""
+    failed = [f"{row['id']}: {row['reason']}" for row in result["failed"]]
+    for row in result["cases"]:
+        failed += [f"{row['id']}: {name}: {row['absent'][name]}" for name in row.get("failed", ())]
+    for text in failed:
+        print(f"FAILED {text}")
+    if missing := result["not_reached"]:
+        print(
+            f"no time left for {len(missing)} of {result['cases_planned']} cases: "
+            f"{', '.join(missing)}; with --budget and the same --json, another run goes on"
+        )
+    return 1 if failed else 0
 
 
 def _list() -> int:

@@ -10,11 +10,13 @@ from fork_attn.bench.forest import Forest
 Tokens = dict[fa.Branch, "int | fa.Draft"]
 
 
-def pages_of(forest: Forest, page_size: int) -> int:
-    """Pages that the grown forest and one step over it can take."""
+def pages_of(forest: Forest, page_size: int, tail: str = "seal") -> int:
+    """Pages that the grown forest and one step over it can take; with tail "copy" a node begins
+    with a copy of its parent's last page."""
     nodes = sum(-(-node.tokens // page_size) for node in forest.nodes)
     rows = sum(-(-query.rows // page_size) for query in forest.queries)
-    return nodes + rows + len(forest.queries) + 1
+    copies = len(forest.nodes) if tail == "copy" else 0
+    return nodes + copies + rows + len(forest.queries) + 1
 
 
 def grow(

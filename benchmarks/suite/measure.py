@@ -1,11 +1,9 @@
-"""Runs the suite: every way on every shape, checked against float64, then timed in turn."""
+"""One case of the suite: every way on one shape, checked against float64, then timed in turn."""
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,18 +17,16 @@ from fork_attn.bench import (  # noqa: F401  the ways register themselves
     way_torch,
     way_xformers,
 )
+from fork_attn.bench.figures import close, measured
 from fork_attn.bench.inputs import TOLERANCE, Inputs, Setting
-from fork_attn.bench.machine import Limits, clocks, load_average, machine
-from fork_attn.bench.results import line
+from fork_attn.bench.machine import Limits
 from fork_attn.bench.shapes import HEADS, PAGE_SIZES, SHAPES, Heads, Shape
-from fork_attn.bench.timing import Timer, graphed, in_turn
-from fork_attn.bench.way import DTYPES, WAYS, Absent, Way
+from fork_attn.bench.timing import Timer
+from fork_attn.bench.way import DTYPES, FAILED, WAYS, Absent, Way, told
 
-SCHEMA = 1
 COLD_BYTES = 128 << 20
-"""Of K and V that a way reads on a CPU before it comes back to the same layer: more than caches
-hold. A GPU's L2 is flushed instead."""
-STEP_LAYERS = {"cpu": 4, "cuda": 36}
+"""Of K and V that a way reads before it comes back to the same layer: more than caches hold, as in
+a model. Before single calls a GPU's L2 is flushed besides."""
 GPU_QUICK = ("S1", "S2", "S3", "S6", "N1", "N2", "N4", "U1", "T-8192-8")
 
 
@@ -59,8 +55,9 @@ def cases(
     dtypes: Iterable[str] | None = None,
     page_sizes: Iterable[int] | None = None,
 ) -> list[Case]:
-    """What is measured: on a CPU shapes that it does in a second or so, on a GPU all of them, with
-    the first setting of heads and pages of 16; what is given replaces the default."""
+    """What is measured: on a CPU shapes that it does in a second or so, on a GPU all of them, those
+    of `quick` first, with the first setting of heads and pages of 16; what is given replaces the
+    default."""
     gpu = device.type == "cuda"
     chosen = list(shapes) if shapes is not None else None
     for name in chosen or ():
@@ -69,8 +66,9 @@ def cases(
     wanted = [SHAPES[name] for name in chosen] if chosen is not None else list(SHAPES.values())
     if chosen is None and not gpu:
         wanted = [s for s in wanted if s.cpu == "quick" or (s.cpu == "full" and not quick)]
-    if chosen is None and gpu and quick:
-        wanted = [SHAPES[name] for name in GPU_QUICK]
+    if chosen is None and gpu:
+        first = [SHAPES[name] for name in GPU_QUICK]
+        wanted = first + [s for s in wanted if s not in first and not quick]
     all_heads = list(heads) if heads is not None else list(HEADS[:1])
     default = ("bf16",) if gpu else ("bf16", "fp32", "fp8")
     all_dtypes = list(dtypes) if dtypes is not None else list(default)
@@ -89,51 +87,72 @@ def cases(
 def build_ways(
     inputs: Inputs, layers: int, kinds: Iterable[type[Way]]
 ) -> tuple[dict[str, Way], dict[str, float], dict[str, str]]:
-    """The ways that run, the error of each, and why the others do not."""
+    """The ways that run, the error of each, and why the others do not.
+
+    This package's are built first: where memory is short, a rival goes without.
+
+    Raises:
+        RuntimeError: this package's own output is wrong.
+    """
     ready: dict[str, Way] = {}
     errors: dict[str, float] = {}
     absent: dict[str, str] = {}
-    limit = TOLERANCE[inputs.q.dtype]
-    dtype = _name(inputs.setting.dtype)
-    for kind in kinds:
+    kinds = list(kinds)
+    for kind in sorted(kinds, key=lambda kind: not kind.ours):
         try:
-            kind.available(inputs)
-            if dtype not in kind.dtypes:
-                raise Absent(f"takes K and V in {' or '.join(kind.dtypes)}, not in {dtype}")
-            way = kind(inputs)
-            way.build(layers)
-            way.plan()
-            error = inputs.error(way.output())
+            ready[kind.name], errors[kind.name] = _built(kind, inputs, layers)
         except Absent as reason:
             absent[kind.name] = str(reason)
-            continue
-        except Exception as failure:
-            if kind.ours:
-                raise
-            # One rival's failure must not cost the others' numbers.
-            absent[kind.name] = f"failed: {type(failure).__name__}: {failure}".splitlines()[0]
-            continue
+        except _Wrong:
+            raise
+        except Exception as failure:  # one's failure must not cost the others' numbers
+            absent[kind.name] = FAILED + told(failure)
+    names = [kind.name for kind in kinds]
+    in_order = {name: ready[name] for name in names if name in ready}
+    return in_order, errors, {name: absent[name] for name in names if name in absent}
+
+
+class _Wrong(RuntimeError):
+    pass
+
+
+def _built(kind: type[Way], inputs: Inputs, layers: int) -> tuple[Way, float]:
+    """A way that is ready to run, and its error.
+
+    Raises:
+        Absent: it cannot do this here, or is wrong.
+        _Wrong: this package's own output is wrong.
+    """
+    kind.available(inputs)
+    dtype = _name(inputs.setting.dtype)
+    if dtype not in kind.dtypes:
+        raise Absent(f"takes K and V in {' or '.join(kind.dtypes)}, not in {dtype}")
+    way = kind(inputs)
+    try:
+        way.build(layers)
+        way.plan()
+        error, limit = inputs.error(way.output()), TOLERANCE[inputs.q.dtype]
         if not error <= limit:
             if kind.ours:
-                raise RuntimeError(f"{kind.name} is wrong by {error:.2e}: nothing is measured")
-            absent[kind.name] = f"wrong by {error:.2e}, the bound is {limit:.0e}"
-            continue
-        ready[kind.name], errors[kind.name] = way, error
-    return ready, errors, absent
+                raise _Wrong(f"{kind.name} is wrong by {error:.2e}: nothing is measured")
+            raise Absent(f"wrong by {error:.2e}, the bound is {limit:.0e}")
+    except Exception:
+        close(way)
+        raise
+    return way, error
 
 
 def run_case(
     case: Case, limits: Limits, seconds: float, only: Iterable[str] | None = None
 ) -> dict[str, Any]:
-    """One case's result, as plain JSON values.
+    """One case's result, as plain JSON values; `failed` names ways of this package that raised.
 
     Raises:
         RuntimeError: fork-attn's own output is wrong.
     """
     forest, setting = case.shape.make(), case.setting
     inputs = Inputs(forest, setting)
-    cpu = setting.device.type == "cpu"
-    layers = -(-COLD_BYTES // inputs.unique_bytes) if cpu else 1
+    layers = -(-COLD_BYTES // inputs.unique_bytes)
     kinds = [kind for name, kind in WAYS.items() if only is None or name in only]
     # What is there to hold e4m3 against is no rival, and not absent elsewhere.
     kinds = [k for k in kinds if not k.beside_fp8 or setting.dtype == DTYPES["fp8"]]
@@ -141,12 +160,12 @@ def run_case(
     ways, errors, absent = build_ways(inputs, layers, [k for k in kinds if k not in skipped])
     absent |= {kind.name: "compiled for a few shapes in bf16 only" for kind in skipped}
     timer = Timer(setting.device, seconds / 4)
-    graph_absent: dict[str, str] = {}
     try:
-        times = _times(ways, timer, layers, graph_absent)
+        times, graph_absent = measured(ways, timer, layers, absent)
     finally:
         for way in ways.values():
-            way.close()
+            close(way)
+    raised = [k.name for k in kinds if k.ours and absent.get(k.name, "").startswith(FAILED)]
     return {
         **_facts(case, inputs, limits),
         "layers": layers,
@@ -155,41 +174,20 @@ def run_case(
                 "ours": way.ours,
                 "error": errors[name],
                 "held_bytes": way.held_bytes(),
-                **{what: asdict(found[name]) for what, found in times.items() if name in found},
+                **({"note": way.note} if way.note else {}),
+                **times[name],
             }
             for name, way in ways.items()
         },
         "absent": absent,
         "graph_absent": graph_absent,
+        **({"failed": raised} if raised else {}),
     }
 
 
 def _compiles(case: Case) -> bool:
     few = case.shape.cpu == "quick" or case.shape.id in GPU_QUICK
     return few and case.setting.dtype == torch.bfloat16
-
-
-def _times(
-    ways: dict[str, Way], timer: Timer, layers: int, graph_absent: dict[str, str]
-) -> dict[str, Any]:
-    gpu = timer.device.type == "cuda"
-    calls = {name: in_turn(way.run, layers) for name, way in ways.items()}
-    warm = {name: (lambda way=way: way.run(0)) for name, way in ways.items()}
-    times = {"cold": timer.measure(calls, cold=True), "warm": timer.measure(warm)}
-    plans = {name: way.plan for name, way in ways.items() if way.has_plan}
-    times["plan"] = timer.host(plans) if plans else {}
-    if gpu:
-        graphs = {}
-        for name, call in warm.items():
-            try:
-                graphs[name] = graphed(call)
-            except Exception as error:  # not all can be captured; the rest is replayed
-                graph_absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        times["graph"] = timer.measure(graphs, cold=True) if graphs else {}
-    count = STEP_LAYERS[timer.device.type]
-    steps = {name: (lambda way=way: way.step(count, layers)) for name, way in ways.items()}
-    times["step"] = replace(timer, min_rounds=3).host(steps)
-    return times
 
 
 def _facts(case: Case, inputs: Inputs, limits: Limits) -> dict[str, Any]:
@@ -226,46 +224,3 @@ def _depth(pieces: Any) -> int:
     for piece in pieces:
         depth.append(depth[piece.parent] + 1 if piece.parent >= 0 else 1)
     return max(depth, default=0)
-
-
-def run(
-    todo: list[Case],
-    device: torch.device,
-    seconds: float,
-    save: Callable[[dict[str, Any]], None],
-    show: Callable[[str], None],
-    only: Iterable[str] | None = None,
-) -> dict[str, Any]:
-    """Measures all cases, `seconds` of timing each, saving after each: what an interrupted run has
-    done is not lost."""
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "machine": machine(device),
-        "device": device.type,
-        "step_layers": STEP_LAYERS[device.type],
-        "load_before": load_average(),
-        "clocks_before": clocks(),
-        "cases_planned": len(todo),
-    }
-    limits = Limits(device, min(seconds, 2.0))
-    stream = ", ".join(f"{k} {v / 1e9:.1f} GB/s" for k, v in limits.stream.items())
-    show(f"stream: {stream}")
-    rows: list[dict[str, Any]] = []
-    begun = time.monotonic()
-    only = list(only) if only is not None else None
-    for index, case in enumerate(todo):
-        rows.append(run_case(case, limits, seconds, only))
-        done = index + 1
-        left = (time.monotonic() - begun) / done * (len(todo) - done)
-        show(f"[{done:3}/{len(todo)}, {left:4.0f} s left] {line(rows[-1])}")
-        result |= {
-            "limits": limits.as_json(),
-            "cases": rows,
-            "load_after": load_average(),
-            "clocks_after": clocks(),
-        }
-        save(result)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return result

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from fork_attn.bench.inputs import Inputs
+from fork_attn.bench.way import Absent, need
+
+Layers = list[tuple[Tensor, Tensor]]
+"""K and V of each layer, (pages, size, KV heads, dim)."""
 
 
 class Pool:
-    """Pages of slots, in a shuffled physical order, as in a pool that is long in use."""
+    """Pages of slots, in a shuffled physical order, as in a pool that is long in use; of the
+    setting's page size, or of another for rivals that cannot read those."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, size: int | None = None) -> None:
         self.inputs = inputs
-        self.size = inputs.setting.page_size
+        self.size = inputs.setting.page_size if size is None else size
         self._pages: list[Tensor] = []  # slots of each page on the host, at most `size`
 
     def add(self, slots: Tensor) -> list[int]:
@@ -32,6 +37,11 @@ class Pool:
     @property
     def num_pages(self) -> int:
         return len(self._pages)
+
+    @property
+    def layer_bytes(self) -> int:
+        """K and V of all pages, one layer."""
+        return self.num_pages * self.size * self.inputs.slot_bytes
 
     @cached_property
     def order(self) -> Tensor:
@@ -60,6 +70,15 @@ class Pool:
             return paged.to(self.inputs.setting.dtype).contiguous()
 
         return laid(self.inputs.k), laid(self.inputs.v)
+
+    def layers(self, count: int) -> Layers:
+        """As many copies.
+
+        Raises:
+            Absent: there is no memory for them.
+        """
+        need(count * self.layer_bytes, self.inputs, f"{count} layers of pages of {self.size}")
+        return [self.tensors() for _ in range(count)]
 
 
 @dataclass(frozen=True)
@@ -96,14 +115,27 @@ def dense_tables(inputs: Inputs, pool: Pool) -> list[Table]:
     return found
 
 
-def dense(inputs: Inputs, layers: int) -> tuple[Pool, list[Table], list[tuple[Tensor, Tensor]]]:
-    """The pool, a table per query and every layer's K and V, laid out once for all who ask."""
-    if "dense" not in inputs.shared:
-        pool = Pool(inputs)
+def dense(inputs: Inputs, layers: int, size: int | None = None) -> tuple[Pool, list[Table], Layers]:
+    """The pool, a table per query and every layer's K and V, laid out once for all who ask for
+    pages of that size.
+
+    Raises:
+        Absent: there is no memory for them.
+    """
+    key = f"dense {size or inputs.setting.page_size}"
+    if key not in inputs.shared:
+        pool = Pool(inputs, size)
         tables = dense_tables(inputs, pool)
-        inputs.shared["dense"] = (pool, tables, [pool.tensors() for _ in range(layers)])
-    found: tuple[Pool, list[Table], list[tuple[Tensor, Tensor]]] = inputs.shared["dense"]
+        inputs.shared[key] = (pool, tables, pool.layers(layers))
+    found: tuple[Pool, list[Table], Layers] = inputs.shared[key]
     return found
+
+
+def pages_in(inputs: Inputs, multiple: int) -> int:
+    """The size of pages for a rival that reads multiples of so many slots: the setting's, or the
+    least that it reads."""
+    size = inputs.setting.page_size
+    return multiple if size % multiple else size
 
 
 def padded(pool: Pool, tables: list[Table]) -> Tensor:
@@ -162,3 +194,20 @@ def levels(inputs: Inputs, pool: Pool) -> list[Level]:
         tables = [Table(pool.add(slots), len(slots)) for slots in own]
         found.append(Level(list(forest.row_begin), tables, True))
     return found
+
+
+def leveled(inputs: Inputs, layers: int) -> tuple[Pool, list[Level], Layers]:
+    """The pool, the levels and every layer's K and V, laid out once for all who ask.
+
+    Raises:
+        Absent: the forest has no such levels, or there is no memory.
+    """
+    if "levels" not in inputs.shared:
+        pool = Pool(inputs)
+        try:
+            found = levels(inputs, pool)
+        except ValueError as error:
+            raise Absent(str(error)) from error
+        inputs.shared["levels"] = (pool, found, pool.layers(layers))
+    made: tuple[Pool, list[Level], Layers] = inputs.shared["levels"]
+    return made

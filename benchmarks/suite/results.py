@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,18 @@ HALF_KV = "fork_attn_bf16_kv"
 def write(path: Path | None, result: dict[str, Any]) -> None:
     """Writes a result as JSON, in folders that are made; nothing without a path."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        replace(path, json.dumps(result, indent=1) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file beside it first: one who is stopped in the middle leaves the old one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def ours(row: dict[str, Any], what: str = "step") -> str | None:

@@ -7,13 +7,30 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-# Writing it evicts a GPU's L2, and takes long enough to hide the host's launch of what is measured.
 FLUSH_BYTES = 512 << 20
+"""Writing it evicts a GPU's L2."""
+PAUSE_CYCLES = 2_000_000
+"""About a millisecond in which a GPU waits, so that the host has launched what is measured, dozens
+of kernels too, before the first of them begins."""
 
 Call = Callable[[], object]
+T = TypeVar("T")
+
+
+class CallFailed(RuntimeError):
+    """A call that is measured raised.
+
+    Attributes:
+        name: which one; the cause is what it raised.
+    """
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(f"{name}: {type(error).__name__}: {error}")
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -52,17 +69,21 @@ class Timer:
     min_rounds: int = 5
     max_rounds: int = 200
 
-    def measure(self, calls: Mapping[str, Call], cold: bool = False) -> dict[str, Times]:
+    def measure(
+        self, calls: Mapping[str, Call], cold: bool = False, warm: bool = False
+    ) -> dict[str, Times]:
         """Runs all calls in turn, round after round, so that a drift of clocks or another program's
-        load meets all of them alike; the first round only warms up. `cold` evicts a GPU's L2 before
-        each call; on a CPU calls go through layers themselves."""
-        for call in calls.values():
-            call()
+        load meets all of them alike; the first round only warms up. On a GPU `cold` evicts L2
+        before each call and `warm` runs each, untimed, right before it is timed: others that ran
+        in between have filled L2. On a CPU calls go through layers themselves.
+
+        Raises:
+            CallFailed: a call raised.
+        """
+        for name, call in calls.items():
+            self._one(name, call, lambda call: call())
         taken: dict[str, list[float]] = {name: [] for name in calls}
-        one = self._on_gpu if self.device.type == "cuda" else _on_cpu
-        flush = None
-        if cold and self.device.type == "cuda":
-            flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+        time_one = self._gpu_clock(cold, warm) if self.device.type == "cuda" else _on_cpu
         end = time.perf_counter() + self.seconds
         for done in range(self.max_rounds):
             if done >= self.min_rounds and time.perf_counter() > end:
@@ -71,21 +92,42 @@ class Timer:
             names = list(calls)
             first = done % max(len(names), 1)
             for name in names[first:] + names[:first]:
-                if flush is not None:
-                    flush.zero_()
-                taken[name].append(one(calls[name]))
+                taken[name].append(self._one(name, calls[name], time_one))
         return {name: Times.of(seconds) for name, seconds in taken.items()}
 
-    def _on_gpu(self, call: Call) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+    @staticmethod
+    def _one(name: str, call: Call, what: Callable[[Call], T]) -> T:
+        try:
+            return what(call)
+        except Exception as error:
+            raise CallFailed(name, error) from error
+
+    def _gpu_clock(self, cold: bool, warm: bool) -> Callable[[Call], float]:
+        """Times a call by events on the device."""
+        flush = torch.empty(FLUSH_BYTES if cold else 0, dtype=torch.uint8, device=self.device)
+
+        def clock(call: Call) -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if cold:
+                flush.zero_()
+            if cold or warm:
+                torch.cuda._sleep(PAUSE_CYCLES)
+            if warm:
+                call()
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+        return clock
 
     def host(self, calls: Mapping[str, Call]) -> dict[str, Times]:
-        """Like `measure`, of what runs on the host; device work that it queues is waited for."""
+        """Like `measure`, of what runs on the host; device work that it queues is waited for.
+
+        Raises:
+            CallFailed: a call raised.
+        """
 
         def waited(call: Call) -> Call:
             def run() -> None:

@@ -22,8 +22,17 @@ DTYPES = {
 HALF = ("bf16", "fp16")
 
 
+FAILED = "failed: "
+"""Begins the reason of an implementation that raised what it should not."""
+
+
 class Absent(Exception):
     """Why an implementation does not run here, or not on this shape."""
+
+
+def told(error: BaseException) -> str:
+    """An error on one line: compilers and CUDA say in the later lines what went wrong."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 class Way(ABC):
@@ -47,6 +56,9 @@ class Way(ABC):
 
     slow_build: ClassVar[bool] = False
     """It compiles for seconds: on CPUs it takes part in the quick shapes only."""
+
+    note: str = ""
+    """What must be said beside its numbers."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -115,7 +127,7 @@ def cuda_module(name: str, inputs: Inputs) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a broken wheel fails with anything at all; the reason is recorded
-        raise Absent(f"import {name}: {type(error).__name__}: {error}") from error
+        raise Absent(f"import {name}: {told(error)}") from error
 
 
 def no_draft(inputs: Inputs) -> None:
@@ -127,7 +139,9 @@ def no_draft(inputs: Inputs) -> None:
 def free_bytes(device: torch.device) -> int:
     """Memory that a build may take."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What the allocator holds for tensors to come is free to us.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":", 1) for line in file)
     return int(fields["MemAvailable"].split()[0]) * 1024

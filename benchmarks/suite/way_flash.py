@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fork_attn as fa
 from fork_attn.bench.inputs import Inputs
-from fork_attn.bench.paging import Pool, Table, dense, levels, padded
-from fork_attn.bench.way import HALF, Absent, Way, cuda_module, no_draft, register
+from fork_attn.bench.paging import Pool, Table, dense, leveled, padded
+from fork_attn.bench.way import HALF, Absent, Way, cuda_module, no_draft, register, told
 
 
 class Paged(Way):
@@ -28,15 +28,14 @@ class Paged(Way):
             raise Absent("branches add different numbers of tokens")
 
     def build(self, layers: int) -> None:
-        pool, tables, self.kv = dense(self.inputs, layers)
-        self.pages = pool.num_pages
-        self.table = padded(pool, tables)
+        self.pool, tables, self.kv = dense(self.inputs, layers)
+        self.table = padded(self.pool, tables)
         lengths = [t.length for t in tables]
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=self.inputs.device)
         self.q = self.inputs.q.unflatten(0, (len(tables), -1))
 
     def held_bytes(self) -> int:
-        return self.pages * self.inputs.setting.page_size * self.inputs.slot_bytes
+        return self.pool.layer_bytes
 
 
 @register
@@ -61,8 +60,59 @@ class Flash2(Paged):
         return out
 
 
+class Planned(Way):
+    """FlashAttention-3 whose schedule is computed once per step for all layers, as engines do."""
+
+    has_plan = True
+    dtypes = HALF
+    module: Any
+    pool: Pool
+    calls: list[dict[str, Any]]
+    """Of one layer, their arguments behind q, K and V."""
+
+    def plan(self) -> None:
+        if not self.note:
+            for call in self.calls:
+                call["scheduler_metadata"] = self._metadata(call)
+
+    def _metadata(self, call: dict[str, Any]) -> Tensor:
+        heads, q = self.inputs.setting.heads, self.inputs.q
+        lengths, table = call["cache_seqlens"], call["page_table"]
+        begins = call.get("cu_seqlens_q")
+        size = self.pool.size
+        # What its own heuristics see in a call: lengths up to the table's end, not the longest.
+        found: Tensor = self.module.get_scheduler_metadata(
+            len(lengths),
+            len(q) // len(lengths) if begins is None else call["max_seqlen_q"],
+            table.shape[1] * size,
+            heads.q,
+            heads.kv,
+            heads.dim,
+            lengths,
+            qkv_dtype=q.dtype,
+            cu_seqlens_q=begins,
+            page_size=size,
+            causal=call["causal"],
+        )
+        return found
+
+    def try_plan(self) -> None:
+        """Goes without where a build of it cannot take its own schedule, and says so."""
+        try:
+            self.plan()
+            self.run(0)
+        except Exception as error:  # which error, its versions do not agree on
+            for call in self.calls:
+                call.pop("scheduler_metadata", None)
+            self.note = f"computes its schedule in every call: {told(error)}"
+            self.run(0)
+
+    def held_bytes(self) -> int:
+        return self.pool.layer_bytes
+
+
 @register
-class Flash3(Paged):
+class Flash3(Planned, Paged):
     name = "flash_attn_3_paged"
 
     @classmethod
@@ -70,26 +120,25 @@ class Flash3(Paged):
         cls.module = cuda_module("flash_attn_interface", inputs)
         cls.check(inputs)
 
+    def build(self, layers: int) -> None:
+        super().build(layers)
+        table = {"cache_seqlens": self.lengths, "page_table": self.table, "causal": True}
+        self.calls = [table]
+        self.try_plan()
+
     def run(self, layer: int) -> Tensor:
-        out: Tensor = self.module.flash_attn_with_kvcache(
-            self.q,
-            *self.kv[layer],
-            cache_seqlens=self.lengths,
-            page_table=self.table,
-            causal=True,
-        )
+        out: Tensor = self.module.flash_attn_with_kvcache(self.q, *self.kv[layer], **self.calls[0])
         return out
 
 
 @register
-class Flash3Merged(Way):
+class Flash3Merged(Planned):
     """Hydragen with FlashAttention-3: a call per level, all rows of a piece as one sequence, then
-    `fork_attn.merge_states`."""
+    `fork_attn.merge_states` of the levels' states, which FlashAttention-3 leaves in tensors of
+    their own: they are stacked."""
 
     name = "flash_attn_3_levels"
-    dtypes = HALF
     shares = True
-    module: Any
 
     @classmethod
     def available(cls, inputs: Inputs) -> None:
@@ -97,29 +146,20 @@ class Flash3Merged(Way):
         no_draft(inputs)
 
     def build(self, layers: int) -> None:
-        inputs = self.inputs
-        pool = Pool(inputs)
+        self.pool, found, self.kv = leveled(self.inputs, layers)
+        self.calls = [self._call(lv.tables, lv.begins, lv.causal) for lv in found]
         try:
-            found = levels(inputs, pool)
-        except ValueError as error:
-            raise Absent(str(error)) from error
-        self.pages = pool.num_pages
-        self.kv = [pool.tensors() for _ in range(layers)]
-        self.calls = [self._call(pool, lv.tables, lv.begins, lv.causal) for lv in found]
-        try:
-            self.run(0)
+            self.try_plan()
         except fa.ForkAttnError as error:
             raise Absent(str(error)) from error
 
-    def _call(
-        self, pool: Pool, tables: list[Table], begins: list[int], causal: bool
-    ) -> dict[str, Any]:
+    def _call(self, tables: list[Table], begins: list[int], causal: bool) -> dict[str, Any]:
         device = self.inputs.device
         lengths = [t.length for t in tables]
         widths = [b - a for a, b in pairwise(begins)]
         return {
             "cache_seqlens": torch.tensor(lengths, dtype=torch.int32, device=device),
-            "page_table": padded(pool, tables),
+            "page_table": padded(self.pool, tables),
             "cu_seqlens_q": torch.tensor(begins, dtype=torch.int32, device=device),
             "max_seqlen_q": max(widths),
             "causal": causal,
@@ -134,8 +174,5 @@ class Flash3Merged(Way):
             )
             outs.append(out)
             lses.append(lse.transpose(0, 1))  # (heads, rows) with sequences of different lengths
-        merged, _ = fa.merge_states(torch.stack(outs), torch.stack(lses).contiguous())
+        merged, _ = fa.merge_states(torch.stack(outs), torch.stack(lses))
         return merged
-
-    def held_bytes(self) -> int:
-        return self.pages * self.inputs.setting.page_size * self.inputs.slot_bytes

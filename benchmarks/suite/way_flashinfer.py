@@ -8,18 +8,23 @@ import torch
 from torch import Tensor
 
 from fork_attn.bench.inputs import Inputs
-from fork_attn.bench.paging import Pool, Table, dense, levels
+from fork_attn.bench.paging import Layers, Pool, Table, dense, leveled
+from fork_attn.bench.shapes import Heads
 from fork_attn.bench.way import HALF, Absent, Way, cuda_module, no_draft, register
 
 WORKSPACE_BYTES = 256 << 20
+DECODE_GROUPS = (1, 2, 3, 4, 8)
+"""Query heads a KV head of the decode kernels without tensor cores."""
+HOLISTIC_BYTES = 384 << 20
+"""The workspace that BatchAttention allocates, whatever is asked of it."""
 
 
 class FlashInfer(Way):
     has_plan = True
     dtypes = (*HALF, "fp8")
     module: Any
-    pages: int
-    kv: list[tuple[Tensor, Tensor]]
+    pool: Pool
+    kv: Layers
 
     @classmethod
     def available(cls, inputs: Inputs) -> None:
@@ -42,16 +47,16 @@ class FlashInfer(Way):
         heads = self.inputs.setting.heads
         return heads.q, heads.kv, heads.dim, self.inputs.setting.page_size
 
-    def tables(self, pool: Pool, tables: list[Table]) -> tuple[Tensor, Tensor, Tensor]:
+    def tables(self, tables: list[Table]) -> tuple[Tensor, Tensor, Tensor]:
         """Begins of the entries' pages, the pages, slots used of each entry's last page."""
         begins = torch.tensor([0, *(len(t.pages) for t in tables)], dtype=torch.int32).cumsum(0)
-        pages = torch.cat([pool.physical(t.pages) for t in tables])
-        size = pool.size
+        pages = torch.cat([self.pool.physical(t.pages) for t in tables])
+        size = self.pool.size
         last = torch.tensor([(t.length - 1) % size + 1 for t in tables], dtype=torch.int32)
         return begins.int(), pages, last
 
     def held_bytes(self) -> int:
-        return self.pages * self.inputs.setting.page_size * self.inputs.slot_bytes
+        return self.pool.layer_bytes
 
 
 class Decode(FlashInfer):
@@ -65,9 +70,8 @@ class Decode(FlashInfer):
             raise Absent("decodes one token per branch")
 
     def build(self, layers: int) -> None:
-        pool, found, self.kv = dense(self.inputs, layers)
-        self.pages = pool.num_pages
-        self.arguments = self.tables(pool, found)
+        self.pool, found, self.kv = dense(self.inputs, layers)
+        self.arguments = self.tables(found)
         self.wrapper = self.module.BatchDecodeWithPagedKVCacheWrapper(
             self.workspace(), "NHD", use_tensor_cores=self.tensor_cores
         )
@@ -85,6 +89,13 @@ class DecodePlain(Decode):
     name = "flashinfer_decode"
     tensor_cores = False
 
+    @classmethod
+    def check(cls, inputs: Inputs) -> None:
+        super().check(inputs)
+        group = inputs.setting.heads.group
+        if group not in DECODE_GROUPS:
+            raise Absent(f"is not built for {group} query heads a KV head")
+
 
 @register
 class DecodeTensorCores(Decode):
@@ -100,21 +111,17 @@ class Cascade(FlashInfer):
     shares = True
 
     def build(self, layers: int) -> None:
-        inputs, pool = self.inputs, Pool(self.inputs)
-        try:
-            found = levels(inputs, pool)
-        except ValueError as error:
-            raise Absent(str(error)) from error
+        inputs = self.inputs
+        self.pool, found, self.kv = leveled(inputs, layers)
         if len(found) < 2:
             raise Absent("nothing is shared in this shape")
         if any(t.length == 0 for level in found for t in level.tables):
             raise Absent("a level has nodes without tokens")
         device = inputs.device
         rows = [torch.tensor(lv.begins, dtype=torch.int32).to(device) for lv in found]
-        pages = [[x.to(device) for x in self.tables(pool, level.tables)] for level in found]
+        pages = [[x.to(device) for x in self.tables(level.tables)] for level in found]
         self.arguments = (rows, *(list(part) for part in zip(*pages, strict=True)))
         self.causal = found[-1].causal
-        self.pages, self.kv = pool.num_pages, [pool.tensors() for _ in range(layers)]
         self.wrapper = self.module.MultiLevelCascadeAttentionWrapper(
             len(found), self.workspace(), "NHD"
         )
@@ -148,11 +155,20 @@ class Holistic(FlashInfer):
 
     name = "flashinfer_batch_attention"
 
+    @classmethod
+    def check(cls, inputs: Inputs) -> None:
+        processors = torch.cuda.get_device_properties(inputs.device).multi_processor_count
+        states = _holistic_bytes(processors, inputs.setting.heads)
+        if states > HOLISTIC_BYTES:
+            raise Absent(
+                f"its partial states take {states >> 20} MiB here, "
+                f"its workspace has {HOLISTIC_BYTES >> 20}"
+            )
+
     def build(self, layers: int) -> None:
         inputs = self.inputs
-        pool, found, self.kv = dense(inputs, layers)
-        self.pages = pool.num_pages
-        begins, pages, _ = (x.to(inputs.device) for x in self.tables(pool, found))
+        self.pool, found, self.kv = dense(inputs, layers)
+        begins, pages, _ = (x.to(inputs.device) for x in self.tables(found))
         rows = torch.tensor(inputs.forest.row_begin, dtype=torch.int32, device=inputs.device)
         lengths = torch.tensor([t.length for t in found], dtype=torch.int32, device=inputs.device)
         q_heads, kv_heads, dim, size = self.sizes()
@@ -166,3 +182,10 @@ class Holistic(FlashInfer):
     def run(self, layer: int) -> Tensor:
         out: Tensor = self.wrapper.run(self.inputs.q, self.kv[layer])[0]
         return out
+
+
+def _holistic_bytes(processors: int, heads: Heads) -> int:
+    """What BatchAttention reserves for states of parts: four of a tile of 128 and one of 16 rows
+    for each block, two blocks a processor (one with wide heads), a 16-bit value and an fp32 LSE."""
+    blocks = processors * (1 if heads.dim >= 256 else 2)
+    return 4 * blocks * (128 + 16) * heads.kv * (2 * heads.dim + 4)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fork_attn.bench.inputs import Inputs
-from fork_attn.bench.way import Absent, Way, need, register
+from fork_attn.bench.way import Absent, Way, need, register, told
 
 MOST_MASK_BYTES = 1 << 30
 
@@ -16,7 +16,8 @@ MOST_MASK_BYTES = 1 << 30
 @register
 class Flex(Way):
     """torch.compile'd flex_attention: every token once, who sees what in a mask of rows by pieces;
-    block masks skip what no row of a block sees. Making the block mask is its plan."""
+    block masks skip what no row of a block sees. Making the block mask is its plan, compiled on a
+    GPU."""
 
     name = "flex_attention"
     shares = True
@@ -48,14 +49,16 @@ class Flex(Way):
             return sees[row, piece_of[slot]]
 
         self.seen = seen
-        self.create_block_mask = create_block_mask
         torch._dynamo.reset()  # it stops compiling after a few shapes
         self.attend: Any = torch.compile(flex_attention, dynamic=False)
-        self.plan()
+        self.create_block_mask: Any = create_block_mask
+        if inputs.device.type == "cuda":
+            self.create_block_mask = torch.compile(create_block_mask)
         try:
+            self.plan()
             self.run(0)
         except Exception as error:  # a compiler fails with anything at all; the reason is recorded
-            raise Absent(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+            raise Absent(told(error)) from error
 
     def plan(self) -> None:
         self.mask = self.create_block_mask(

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 import random
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 import fork_attn as fa
-from fork_attn import ops
+from fork_attn import ops, ops_flash
 from fork_attn.bench.grow import grow, pages_of
 from fork_attn.bench.inputs import Inputs
 from fork_attn.bench.results import HALF_KV
-from fork_attn.bench.way import DTYPES, HALF, Absent, Way, need, register
+from fork_attn.bench.way import DTYPES, HALF, Absent, Way, need, no_draft, register
 
 
 class Forked(Way):
     """A ForkedKVCache grown with its verbs; pages lie scattered, as in a pool long in use."""
 
     backend: ClassVar[ops.Backend]
+    tail: ClassVar[Literal["seal", "copy"]] = "seal"
     dtypes = tuple(DTYPES)
     ours = True
     shares = True
@@ -41,7 +42,7 @@ class Forked(Way):
     def build(self, layers: int) -> None:
         inputs, forest = self.inputs, self.inputs.forest
         heads, size = inputs.setting.heads, inputs.setting.page_size
-        pages = pages_of(forest, size)
+        pages = pages_of(forest, size, self.tail)
         need(pages * size * inputs.slot_bytes * layers, inputs, "the pool")
         try:
             self.cache = fa.ForkedKVCache(
@@ -54,6 +55,7 @@ class Forked(Way):
                 dtype=self._kv_dtype(),
                 device=inputs.device,
                 backend=self.backend,
+                tail=self.tail,
             )
         except fa.ForkAttnError as error:
             raise Absent(str(error)) from error
@@ -69,7 +71,7 @@ class Forked(Way):
         first = begins[-1]
         self.new_kv = (inputs.k[first:], inputs.v[first:])
         self.open: fa.Step | None = None
-        self._store(self._begin(), first, first + forest.num_rows)
+        self._begin()
 
     def _kv_dtype(self) -> torch.dtype:
         return self.inputs.setting.dtype
@@ -92,8 +94,12 @@ class Forked(Way):
     def _begin(self) -> fa.Step:
         self.close()
         self.open = self.cache.step(self.tokens)
-        self.ready = self.open.plan
+        self.prepare(self.open)
         return self.open
+
+    def prepare(self, step: fa.Step) -> None:
+        """What the host computes for an open step."""
+        self.ready = step.plan
 
     def plan(self) -> None:
         """Opens the step and plans it."""
@@ -102,6 +108,13 @@ class Forked(Way):
     def run(self, layer: int) -> Tensor:
         caches = self.cache.layer(layer)
         return fa.tree_attention(self.inputs.q, *caches, self.ready, backend=self.backend)[0]
+
+    def output(self) -> Tensor:
+        """Of the open step, whose slots may be others than those of the one before."""
+        assert self.open is not None
+        first = self.inputs.node_begin[-1]
+        self._store(self.open, first, first + self.inputs.forest.num_rows)
+        return super().output()
 
     def step(self, layers: int, held: int) -> None:
         """The whole of it: open, plan, store the new K and V and attend in every layer, close."""
@@ -121,21 +134,42 @@ class Forked(Way):
 
 def _declare(kind: ops.Backend) -> type[Way]:
     made: type[Forked] = type(
-        f"Forked_{kind}",
-        (Forked,),
-        {
-            "name": f"fork_attn_{kind}",
-            "backend": kind,
-            # flash-attn takes e4m3 only where the queries are e4m3 too.
-            "dtypes": HALF if kind == "flash_attn" else Forked.dtypes,
-        },
+        f"Forked_{kind}", (Forked,), {"name": f"fork_attn_{kind}", "backend": kind}
     )
     return register(made)
 
 
-BACKENDS: tuple[ops.Backend, ...] = ("cpu", "triton", "cuda", "flash_attn")
+BACKENDS: tuple[ops.Backend, ...] = ("cpu", "triton", "cuda")
 for _backend in BACKENDS:
     _declare(_backend)
+
+
+@register
+class ForkedFlash(Forked):
+    """This package's cache attended by flash-attn over dense page tables, which are its plan:
+    nothing is read once for several branches."""
+
+    name = "fork_attn_flash_attn"
+    backend = "flash_attn"
+    tail = "copy"  # keeps page tables dense
+    dtypes = HALF  # flash-attn takes e4m3 only where the queries are e4m3 too
+    shares = False
+
+    @classmethod
+    def available(cls, inputs: Inputs) -> None:
+        super().available(inputs)
+        no_draft(inputs)
+
+    def prepare(self, step: fa.Step) -> None:
+        try:
+            self.tables = step._flash_tables()
+        except (fa.NotDense, fa.Unsupported) as error:
+            raise Absent(str(error)) from error
+
+    def run(self, layer: int) -> Tensor:
+        scale = self.inputs.setting.heads.dim**-0.5
+        caches = self.cache.layer(layer)
+        return ops_flash.attend(self.inputs.q, *caches, self.tables, None, scale, 0.0, None)
 
 
 @register

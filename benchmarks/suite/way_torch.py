@@ -7,8 +7,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fork_attn.bench.inputs import Inputs
-from fork_attn.bench.paging import dense, padded
+from fork_attn.bench.paging import dense, padded, pages_in
 from fork_attn.bench.way import HALF, Absent, Way, need, no_draft, register
+
+GPU_CALLS = 512
+"""Calls of a run beyond which a GPU would wait for the host, seconds long for a whole step."""
+VARLEN_PAGE_MULTIPLE = 256
+"""Of pages of the flash-attn 2 that torch has."""
 
 
 class Copied(Way):
@@ -76,6 +81,13 @@ class SdpaPerBranch(Copied):
 
     name = "sdpa_per_branch"
 
+    @classmethod
+    def available(cls, inputs: Inputs) -> None:
+        branches = len(inputs.forest.queries)
+        if inputs.device.type == "cuda" and branches > GPU_CALLS:
+            raise Absent(f"{branches} calls a layer: on a GPU up to {GPU_CALLS} are measured")
+        super().available(inputs)
+
     def build(self, layers: int) -> None:
         super().build(layers)
         self.masks = [self.rows_mask(i) for i in range(len(self.lengths))]
@@ -142,7 +154,8 @@ class SdpaBatched(Copied):
 
 @register
 class Varlen(Way):
-    """torch.nn.attention.varlen over page tables that share physical pages."""
+    """torch.nn.attention.varlen over page tables that share physical pages, of 256 slots: it reads
+    no smaller ones."""
 
     name = "torch_varlen_paged"
     dtypes = HALF
@@ -161,9 +174,9 @@ class Varlen(Way):
 
     def build(self, layers: int) -> None:
         inputs, forest = self.inputs, self.inputs.forest
-        pool, tables, self.kv = dense(inputs, layers)
-        self.pages = pool.num_pages
-        self.table = padded(pool, tables)
+        size = pages_in(inputs, VARLEN_PAGE_MULTIPLE)
+        self.pool, tables, self.kv = dense(inputs, layers, size)
+        self.table = padded(self.pool, tables)
         lengths = torch.tensor([t.length for t in tables], dtype=torch.int32)
         self.used = lengths.to(inputs.device)
         self.cu_q = torch.tensor(forest.row_begin, dtype=torch.int32, device=inputs.device)
@@ -190,4 +203,4 @@ class Varlen(Way):
         return out
 
     def held_bytes(self) -> int:
-        return self.pages * self.inputs.setting.page_size * self.inputs.slot_bytes
+        return self.pool.layer_bytes

@@ -8,28 +8,35 @@ import torch
 from torch import Tensor
 
 from fork_attn.bench.inputs import Inputs
-from fork_attn.bench.paging import Pool, Table, dense, padded
+from fork_attn.bench.paging import Layers, Pool, Table, dense, padded, pages_in
 from fork_attn.bench.way import HALF, Absent, Way, cuda_module, no_draft, register
+
+PAGE_MULTIPLE = 64
+"""Slots of its Triton kernels' blocks, which may not cross pages."""
+MOST_CAUSAL_ROWS = 16
 
 
 class Xformers(Way):
-    """Physical pages as one long sequence; its GQA takes K and V expanded without a copy to
-    (1, slots, KV heads, group, dim)."""
+    """Physical pages, of 64 slots at least, as one long sequence; its GQA takes K and V expanded
+    without a copy to (1, slots, KV heads, group, dim)."""
 
     dtypes = HALF
 
     @classmethod
     def available(cls, inputs: Inputs) -> None:
         cuda_module("xformers.ops.fmha.triton_splitk", inputs)
+        # Its wheel's C++ part may be for another CUDA than torch's and then is not loaded; all of
+        # its operators then refuse GPUs, those written in Triton, which need none of it, too.
+        vars(cuda_module("xformers.ops.fmha.common", inputs))["_built_with_cuda"] = True
         cls.check(inputs)
 
     @classmethod
     def check(cls, inputs: Inputs) -> None:
         """Raises Absent for shapes that it does not take."""
 
-    def fill(self, pool: Pool, kv_of_layers: list[tuple[Tensor, Tensor]]) -> None:
+    def fill(self, pool: Pool, kv_of_layers: Layers) -> None:
         group = self.inputs.setting.heads.group
-        self.pages = pool.num_pages
+        self.pool = pool
         self.kv = [
             tuple(x.flatten(0, 1)[None, :, :, None].expand(-1, -1, -1, group, -1) for x in kv)
             for kv in kv_of_layers
@@ -53,7 +60,7 @@ class Xformers(Way):
         return self.inputs.q.unflatten(1, (heads.kv, heads.group))[None]
 
     def held_bytes(self) -> int:
-        return self.pages * self.inputs.setting.page_size * self.inputs.slot_bytes
+        return self.pool.layer_bytes
 
 
 @register
@@ -63,9 +70,15 @@ class SplitK(Xformers):
     @classmethod
     def check(cls, inputs: Inputs) -> None:
         no_draft(inputs)
+        rows = {q.rows for q in inputs.forest.queries}
+        if len(rows) != 1:
+            raise Absent("branches add different numbers of tokens")
+        if max(rows) > MOST_CAUSAL_ROWS:
+            raise Absent(f"takes up to {MOST_CAUSAL_ROWS} new tokens of a branch")
 
     def build(self, layers: int) -> None:
-        pool, tables, kv_of_layers = dense(self.inputs, layers)
+        size = pages_in(self.inputs, PAGE_MULTIPLE)
+        pool, tables, kv_of_layers = dense(self.inputs, layers, size)
         self.fill(pool, kv_of_layers)
         rows = [q.rows for q in self.inputs.forest.queries]
         self.mask = self.bias(pool, tables, rows, causal=True)
@@ -93,13 +106,14 @@ class TreeAttention(Xformers):
             raise Absent("verifies one draft tree, the same for all branches")
 
     def build(self, layers: int) -> None:
-        inputs, forest, pool = self.inputs, self.inputs.forest, Pool(self.inputs)
+        inputs, forest = self.inputs, self.inputs.forest
+        pool = Pool(inputs, pages_in(inputs, PAGE_MULTIPLE))
         heads = inputs.setting.heads
         contexts = [inputs.context_slots(q) for q in range(len(forest.queries))]
         if any(p.parent >= 0 or p.queries != 1 for p in forest.pieces):
             raise Absent("written here for branches that share nothing")
         tables = [Table(pool.add(slots), len(slots)) for slots in contexts]
-        self.fill(pool, [pool.tensors() for _ in range(layers)])
+        self.fill(pool, pool.layers(layers))
         rows = forest.queries[0].rows
         self.mask = self.bias(pool, tables, [rows] * len(tables), causal=False)
         own = inputs.own_mask(0)

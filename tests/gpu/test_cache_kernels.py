@@ -14,6 +14,8 @@ from fork_attn import _C, ops_cache
 
 FP8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# A part of each, also run under compute-sanitizer.
+SMALL = pytest.mark.sanitized
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 pytestmark = pytest.mark.skipif(
@@ -73,7 +75,7 @@ def both(name: str, arguments: dict[str, Any], changed: list[str]) -> None:
 @pytest.mark.parametrize("rotary_dim", [0, 128, 32, 6])
 @pytest.mark.parametrize("cached", [None, FP8], ids=["same", "e4m3"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [1, 3000])
+@pytest.mark.parametrize("num_rows", [pytest.param(1, marks=SMALL), 3000])
 def test_store_kv(
     num_rows: int,
     dtype: torch.dtype,
@@ -108,7 +110,7 @@ def test_every_16_bit_pattern_is_quantised_as_on_the_cpu(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", [None, *DTYPES])
 @pytest.mark.parametrize("cached", [*DTYPES, FP8])
-@pytest.mark.parametrize("dim", [128, 7])
+@pytest.mark.parametrize("dim", [128, pytest.param(7, marks=SMALL)])
 def test_gather_kv(cached: torch.dtype, dtype: torch.dtype | None, dim: int) -> None:
     if dtype is not None and cached != FP8:
         pytest.skip("only e4m3 caches become another dtype")
@@ -121,7 +123,7 @@ def test_gather_kv(cached: torch.dtype, dtype: torch.dtype | None, dim: int) -> 
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("rotary_dim", [128, 32, 6])
+@pytest.mark.parametrize("rotary_dim", [128, 32, pytest.param(6, marks=SMALL)])
 @pytest.mark.parametrize("with_v", [False, True])
 @pytest.mark.parametrize("dtype", [*DTYPES, FP8])
 def test_shift_rope(dtype: torch.dtype, with_v: bool, rotary_dim: int, interleaved: bool) -> None:
@@ -143,7 +145,7 @@ def test_shift_rope(dtype: torch.dtype, with_v: bool, rotary_dim: int, interleav
     both("shift_rope", arguments, ["k_cache", "v_cache"] if with_v else ["k_cache"])
 
 
-@pytest.mark.parametrize("num_layers", [1, 32, 140])
+@pytest.mark.parametrize("num_layers", [pytest.param(1, marks=SMALL), 32, 140])
 def test_copy_pages_of_all_layers(num_layers: int) -> None:
     """Two caches a layer; 140 layers take two launches."""
     caches = [
@@ -156,6 +158,7 @@ def test_copy_pages_of_all_layers(num_layers: int) -> None:
     both("copy_pages", arguments, ["caches"])
 
 
+@SMALL
 @pytest.mark.parametrize("count", [1, 5, 3072])
 def test_move_slots_over_each_other(count: int) -> None:
     caches = [paged(200, 16, heads, dim, FP8) for heads, dim in ((2, 128), (3, 5))]
@@ -167,6 +170,7 @@ def test_move_slots_over_each_other(count: int) -> None:
     both("move_slots", arguments, ["caches"])
 
 
+@SMALL
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [128, 7])
 def test_merge_states(dtype: torch.dtype, dim: int) -> None:

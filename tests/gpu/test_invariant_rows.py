@@ -38,6 +38,7 @@ SETTING = Setting(
     counts=(1, 2, 30, 100, 1500),
     last_counts=(1, 1, 1, 2, 30, 100, 700),
     num_pages=40000,
+    page_sizes=(16, 64),  # a kernel is compiled for each, slowly
 )
 
 
@@ -48,7 +49,7 @@ def fixed(dtype: torch.dtype, **options: object) -> Setting:
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_row_has_the_same_bits_alone_and_in_a_crowd(seed: int, dtype: torch.dtype) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fork_attn import costs, ops_triton
-from fork_attn.calibrate.measure import Tick, calibrate
+from fork_attn.calibrate.measure import Misfit, Tick, calibrate
 from fork_attn.errors import Unsupported
 
 
@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         costs.read(out)
     except (ValueError, Unsupported, OSError) as error:
+        if isinstance(error, Misfit):  # minutes of measuring are not lost
+            print("\n".join(_cases(error.rows)), file=sys.stderr)
         print(f"fork-attn calibrate: {error}", file=sys.stderr)
         return 2
     if args.json:
@@ -113,18 +115,21 @@ def lines(found: dict[str, Any]) -> list[str]:
     for name, what in costs.FIELDS.items():
         measured, given = found["costs"][name], found["datasheet"][name]
         text.append(f"{name:<18}{measured:>12.4g}{given:>12.4g}  {what}")
-    text += [
-        "",
-        f"{'case':<26}{'rows':>5}{'measured us':>14}{'predicted us':>14}{'error':>9}",
-    ]
-    for row in (*found["measured"], *found["held_out"]):
-        text.append(
-            f"{row['case']:<26}{row['rows']:>5}{row['ns'] / 1e3:>14.1f}"
-            f"{row['predicted_ns'] / 1e3:>14.1f}{row['error']:>+9.1%}"
-        )
+    text += ["", *_cases([*found["measured"], *found["held_out"]])]
     for name, what in (("fit", "fitted"), ("trees", "trees, not fitted")):
         part = found[name]
         text.append(
             f"{what}: median error {part['median_error']:.1%}, largest {part['largest_error']:.1%}"
         )
     return text
+
+
+def _cases(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{'case':<26}{'rows':>5}{'measured us':>14}{'predicted us':>14}{'error':>9}",
+        *(
+            f"{row['case']:<26}{row['rows']:>5}{row['ns'] / 1e3:>14.1f}"
+            f"{row['predicted_ns'] / 1e3:>14.1f}{row['error']:>+9.1%}"
+            for row in rows
+        ),
+    ]

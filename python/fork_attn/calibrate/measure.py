@@ -31,11 +31,28 @@ class Effort:
     rounds: int
 
 
+class Misfit(ValueError):
+    """The measured times contradict the model.
+
+    Attributes:
+        rows: what was measured, beside what the datasheet's costs predict.
+    """
+
+    def __init__(self, message: str, rows: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 def effort(device: torch.device, quick: bool) -> Effort:
     """Seconds on a CPU, many times its caches; on a GPU calls of a fraction of a millisecond."""
     if device.type == "cuda":
         return Effort(1e5, 1 << 29, 20) if quick else Effort(3e5, 1 << 31, 60)
     return Effort(1e6, 1 << 27, 5) if quick else Effort(4e6, 1 << 29, 25)
+
+
+def capacity(much: Effort) -> int:
+    """Pages for what is streamed, and for the new tokens beside it."""
+    return much.stream_bytes // (design.HEADS * design.PAGE * 2 * 128 * 2) + 1024
 
 
 def calibrate(target: str, device: torch.device, quick: bool, tick: Tick) -> dict[str, Any]:
@@ -47,7 +64,7 @@ def calibrate(target: str, device: torch.device, quick: bool, tick: Tick) -> dic
         What a file of costs holds (`fork_attn.costs.read`), and what was measured.
 
     Raises:
-        ValueError: the times contradict the model, as they do on a machine that is too busy.
+        Misfit: the times contradict the model, as they do on a machine that is too busy.
     """
     costs.load()
     before = _C.target_costs(target)
@@ -60,19 +77,23 @@ def calibrate(target: str, device: torch.device, quick: bool, tick: Tick) -> dic
 def _calibrate(target: str, device: torch.device, much: Effort, tick: Tick) -> dict[str, Any]:
     _C.reset_target_costs(target)  # the same plans, whatever costs were loaded
     workers = _workers(device)
-    capacity = much.stream_bytes // (design.HEADS * design.PAGE * 2 * 128 * 2) + 1024
+    num_pages = capacity(much)
     tick("memory", 0, 1)
-    tensors = design.Tensors(device, capacity)
+    tensors = design.Tensors(device, num_pages)
     timer = Timer(device, 0.0, min_rounds=much.rounds, max_rounds=much.rounds)
 
     streamed = list(design.streamed_cases(target, workers, much.stream_bytes))
     times = _time(streamed, tensors, timer, "bandwidth", tick)
-    bytes_per_ns = fit.bandwidth(streamed, times)
     resident = list(design.resident_cases(target, workers, much.call_ns))
     resident_ns = _time(resident, tensors, timer, "arithmetic, items, partial rows", tick)
-    found = fit.fit(resident, resident_ns, bytes_per_ns, load_rows=target == "cpu")
+    try:
+        bytes_per_ns = fit.bandwidth(streamed, times)
+        found = fit.fit(resident, resident_ns, bytes_per_ns, load_rows=target == "cpu")
+    except ValueError as error:
+        measured = _rows([*streamed, *resident], [*times, *resident_ns], _datasheet(target))
+        raise Misfit(str(error), measured) from error
     _C.set_target_costs(target, found)
-    trees = list(design.tree_cases(target, workers, capacity))
+    trees = list(design.tree_cases(target, workers, num_pages))
     tree_ns = _time(trees, tensors, timer, "trees", tick)
     rows = [
         *_rows(streamed, times, found),
