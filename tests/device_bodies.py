@@ -233,6 +233,7 @@ def decode_cache(device: str, dtype: torch.dtype = torch.bfloat16) -> fa.ForkedK
         page_size=16,
         dtype=dtype,
         device=device,
+        rope=fa.Rope.from_base(64),
     )
 
 
@@ -274,9 +275,11 @@ def no_synchronisation(device: str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def decoding_never_waits(device: str) -> None:
-    """Steps, attention, forks, crops and frees stay asynchronous; one upload a step."""
+def decoding_never_waits(device: str, announced: bool = False) -> None:
+    """Steps, attention, forks, joins, crops and frees stay asynchronous; one upload a step."""
     cache = decode_cache(device)
+    if announced:
+        lanes(device, 1)[0].announce(cache)
     kids = grown(cache)
     for _ in range(2):
         decode(cache, dict.fromkeys(kids, 1))
@@ -294,6 +297,9 @@ def decoding_never_waits(device: str) -> None:
                 cache.free([kids.pop(), kids.pop(2)])
             if turn == 30:
                 kids[1].join([kids.pop(), kids.pop()])
+                kids[1].join([kids.pop()], rebase="copy")
+                with cache._streams.uploading():
+                    cache._page_lists.reserve(2 * len(cache._page_lists.pages))
     assert all(bool(out.isfinite().all()) for out in outs)
     cache.check()
 

@@ -32,8 +32,9 @@ def test_steps_on_two_streams_are_those_on_one(dtype: torch.dtype) -> None:
     bodies.steps_on_two_streams_are_those_on_one("cpu", dtype)
 
 
-def test_decoding_never_waits() -> None:
-    bodies.decoding_never_waits("cpu")
+@pytest.mark.parametrize("announced", [False, True])
+def test_decoding_never_waits(announced: bool) -> None:
+    bodies.decoding_never_waits("cpu", announced)
 
 
 @DTYPES

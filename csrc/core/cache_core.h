@@ -150,11 +150,11 @@ class CacheCore {
   void rollback_step();
   bool step_open() const noexcept { return step_open_; }
 
-  // Pages freed from now on wait for other streams: see PagePool. None of these changes what any
-  // branch sees.
-  void defer_frees() { store_.pages.defer(); }
-  int64_t close_epoch() noexcept { return store_.pages.close_epoch(); }
-  int32_t end_epoch(int64_t epoch) noexcept { return store_.pages.end_epoch(epoch); }
+  // What is freed from now on waits for other streams: see PagePool and PageArena. None of these
+  // changes what any branch sees.
+  void defer_frees() { store_.defer(); }
+  int64_t close_epoch() noexcept { return store_.close_epoch(); }
+  int32_t end_epoch(int64_t epoch) noexcept { return store_.end_epoch(epoch); }
   void report_reusable() { store_.pages.report_reusable(); }
   std::vector<int32_t> take_reusable() { return store_.pages.take_reusable(); }
   const Step& step() const noexcept { return step_; }

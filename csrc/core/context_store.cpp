@@ -148,6 +148,22 @@ void ContextStore::chain(Index head, std::vector<Index>& out) const {
   std::reverse(out.begin(), out.end());
 }
 
+void ContextStore::defer() {
+  pages.defer();
+  arena.defer();
+}
+
+int64_t ContextStore::close_epoch() noexcept {
+  if (pages.epoch_empty() && arena.epoch_empty()) return 0;
+  arena.close_epoch();
+  return pages.close_epoch();
+}
+
+int32_t ContextStore::end_epoch(int64_t epoch) noexcept {
+  arena.end_epoch(epoch);
+  return pages.end_epoch(epoch);
+}
+
 void ContextStore::truncate(Segment& s, int32_t length) noexcept {
   const auto keep = static_cast<std::size_t>(num_page_slots(length));
   while (s.pages.size() > keep) {
@@ -157,6 +173,7 @@ void ContextStore::truncate(Segment& s, int32_t length) noexcept {
   s.place.known = std::min(s.place.known, static_cast<int32_t>(s.pages.size()));
   s.length = length;
   if (length < s.copied_end) s.frozen = true;
+  drop_tail(s);
   while (!s.origins.empty() && s.origins.back().end > length) {
     const int32_t begin = s.origins.size() > 1 ? s.origins[s.origins.size() - 2].end : 0;
     if (begin < length) {

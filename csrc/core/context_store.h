@@ -37,8 +37,9 @@ struct Segment {
   Index first_link = kNone;
   mutable ArenaPlace place;  // of `pages` on the device
   bool claimed = false;      // a row of the open step writes on in it
-  bool frozen =
-      false;  // remembered slots were dropped: writing them again would forge their identity
+  // Slots behind the end are not written again: a copy remembers them by our uid, or work queued on
+  // another stream may still read or write them.
+  bool frozen = false;
 };
 
 struct Link {
@@ -91,6 +92,12 @@ class ContextStore {
   // Folds the head link into its parent while both belong to one context and continue each other.
   Index coalesce(Index head) noexcept;
 
+  // Slots behind the segment's end, which may have been used, are not written again where other
+  // streams may still use them; those of fresh pages wait with their pages.
+  void drop_tail(Segment& segment) noexcept {
+    if (pages.deferring() && segment.length % page_size_ != 0) segment.frozen = true;
+  }
+
   int64_t length(Index head) const noexcept { return head == kNone ? 0 : links[head].length; }
   // Position of the last token a head sees, plus one; 0 for an empty context.
   int64_t end_position(Index head) const noexcept;
@@ -104,6 +111,12 @@ class ContextStore {
   int32_t num_page_slots(int64_t slots) const noexcept {
     return static_cast<int32_t>((slots + page_size_ - 1) / page_size_);
   }
+
+  // Pages, and places of page lists, that are given up from now on wait for the end of an epoch.
+  // May throw.
+  void defer();
+  int64_t close_epoch() noexcept;             // its name; 0 if nothing was given up in it
+  int32_t end_epoch(int64_t epoch) noexcept;  // how many pages became free
 
   Pool<Segment> segments;
   Pool<Link> links;

@@ -115,15 +115,19 @@ void check_segments(const CacheCore& core, std::vector<uint8_t>& owned) {
 void check_places(const CacheCore& core) {
   const ContextStore& store = core.store();
   std::vector<uint8_t> owned(store.arena.size(), 0);
-  const auto claim = [&](const ArenaPlace& place, int64_t index) {
-    expect(place.known <= place.capacity, "a page list is larger than its place", index);
-    expect(place.begin + place.capacity <= store.arena.size(), "a page list leaves the array",
-           index);
-    for (int32_t i = 0; i < place.capacity; ++i) {
-      expect(!owned[place.begin + i], "two page lists in one place", index);
-      owned[place.begin + i] = 1;
+  const auto own = [&](int32_t begin, int32_t capacity, int64_t index) {
+    expect(begin + capacity <= store.arena.size(), "a page list leaves the array", index);
+    for (int32_t i = 0; i < capacity; ++i) {
+      expect(!owned[begin + i], "two page lists in one place", index);
+      owned[begin + i] = 1;
     }
   };
+  const auto claim = [&](const ArenaPlace& place, int64_t index) {
+    expect(place.known <= place.told && place.told <= place.capacity,
+           "a page list is larger than its place", index);
+    own(place.begin, place.capacity, index);
+  };
+  store.arena.each_pending([&](int32_t begin, int32_t capacity) { own(begin, capacity, begin); });
   for (Index i = 0; i < store.segments.size(); ++i) {
     if (store.segments.taken(i)) claim(store.segments[i].place, i);
   }

@@ -249,7 +249,10 @@ void CacheCore::commit_row(const StepRow& row, Staged* staged) noexcept {
   kept.num_tokens = num_tokens;
   const int32_t used = num_tokens == 0 ? 0 : static_cast<int32_t>(pages_needed(kept));
   for (int32_t k = row.pages_end; k-- > row.pages_begin + used;) store_.pages.give(step_.pages[k]);
-  if (num_tokens == 0) return;
+  if (num_tokens == 0) {
+    if (row.segment != kNone) store_.drop_tail(store_.segments[row.segment]);
+    return;
+  }
   const auto first = step_.pages.begin() + row.pages_begin;
   if (row.segment != kNone) {
     Segment& s = store_.segments[row.segment];
@@ -281,6 +284,9 @@ void CacheCore::commit_step() {
 void CacheCore::rollback_step() {
   if (!step_open_) fail(ErrorKind::kStalePlan, "rollback: no step is open");
   for (std::size_t k = step_.pages.size(); k-- > 0;) store_.pages.give(step_.pages[k]);
+  for (const StepRow& row : step_.rows) {
+    if (row.segment != kNone) store_.drop_tail(store_.segments[row.segment]);
+  }
   close_step();
 }
 

@@ -53,11 +53,11 @@ class PagePool {
     reusable_.reserve(live_.size());
     reporting_ = true;
   }
-  // Closes the current epoch and names it; 0 if no page was freed in it.
-  int64_t close_epoch() noexcept {
-    if (pending_.empty() || pending_.back().epoch != epoch_) return 0;
-    return epoch_++;
-  }
+  bool deferring() const noexcept { return deferring_; }
+  // Whether no page was freed in the current epoch.
+  bool epoch_empty() const noexcept { return pending_.empty() || pending_.back().epoch != epoch_; }
+  // Closes the current epoch and names it.
+  int64_t close_epoch() noexcept { return epoch_++; }
   // The pages of a closed epoch become free; how many.
   int32_t end_epoch(int64_t epoch) noexcept {
     const std::size_t before = pending_.size();

@@ -149,7 +149,8 @@ class Branch:
 
         Raises:
             ValueError: no children, this branch among them, a bad `position` or `rebase`, a token
-                that stands at two positions, or a branch that another one watches.
+                that stands at two positions, or a branch that another one watches; with "copy", a
+                current stream that is neither the cache's own nor announced.
             OutOfPages: with `rebase="copy"`, the pool cannot hold the copies.
             Unsupported: with `rebase`, the cache's RoPE is not known or forbids it.
             DuplicateBranch, ForeignBranch, StaleBranch: what their names say of a child.
@@ -167,6 +168,7 @@ class Branch:
         mode = position if isinstance(position, str) else "given"
         core = cache._books.verb()
         if rebase == "copy" and not core.step_open:
+            cache._streams.require_current("join")  # it writes pages
             cache._books.reclaim()
         core.join(self._handle, handles, mode, given, bool(rebase), copy)
         cache._books.forget(handles)

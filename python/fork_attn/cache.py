@@ -116,6 +116,7 @@ class ForkedKVCache:
         self._lists: PageLists | None = None
         self._staging = Staging(self.device)
         self._streams = OtherStreams(self._core, self.device)
+        self._storage.record = self._streams.record
         self._books = Books(self._core, self._streams, make_scrub(self._core, self._storage))
         self._step_ref: weakref.ref[Step] | None = None
         self._find_ropes: Callable[[], Sequence[Rope]] | None = None  # if not given; may refuse
@@ -164,7 +165,7 @@ class ForkedKVCache:
             ValueError: no branches, or a count below 1 or too large.
             StaleBranch, ForeignBranch, StepOpen: what their names say.
         """
-        self._streams.require_current()
+        self._streams.require_current("step")
         if isinstance(tokens, Mapping):
             tokens = dict(tokens)  # one reading: its order is the order of rows
         num_tokens = self._books.open_step(tokens, wait, self, Branch, Draft)
@@ -314,19 +315,24 @@ class ForkedKVCache:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Announces a stream, besides the cache's own, whose work reads or writes the cache's
-        pages.
+        pages; it waits for what the own stream has queued by now.
 
-        Pages freed from now on are not reused before all work that is queued on the stream when
-        they are freed has finished. The cache's own stream is the one that was current when the
-        cache was made; what runs there is in order and waits for nothing. Work on an announced
-        stream is ordered behind the own stream's by the caller, as for any tensor
-        (`stream.wait_stream`).
+        Pages freed from now on are not reused before all work that is queued on the stream, or on
+        the own one, when they are freed has finished. The cache's own stream is the one that was
+        current when the cache was made; until another is announced, what runs there is in order
+        and waits for nothing. Work that sees what another stream stored is ordered behind that by
+        the caller, as for any tensor (`stream.wait_stream`): docs/streams.md.
 
         Raises:
             TypeError, ValueError: not a CUDA stream of the cache's device.
         """
-        if self._streams.announce(stream):
-            self._storage.record_stream(stream)
+        if not self._streams.announce(stream):
+            return
+        self._streams.record(*self._storage.caches())
+        if self._lists is not None:
+            self._streams.record(self._lists.pages)
+        if self._open_step is not None:
+            self._open_step._record_streams()
 
     def stats(self) -> CacheStats:
         """Counts of pages, segments and branches, and the bytes of live KV."""
@@ -350,7 +356,9 @@ class ForkedKVCache:
         """The page lists on the device; room for all pages several times over, as lists grow by
         doubling."""
         if self._lists is None:
-            self._lists = PageLists(self._core, self.device, max(4096, 8 * self.num_pages))
+            with self._streams.uploading():
+                self._lists = PageLists(self._core, self.device, max(4096, 8 * self.num_pages))
+            self._streams.record(self._lists.pages)
         return self._lists
 
     def _kinds(self) -> list[Kind]:

@@ -59,7 +59,7 @@ def upload_step(
     Returns:
         The tensors named in STEP_TENSORS, and the plans.
     """
-    core, lists = cache._core, cache._page_lists
+    core, lists, streams = cache._core, cache._page_lists, cache._streams
     kinds = cache._kinds()
     data = [resident_plan(cache, window, shape) for window, shape in kinds]
     layout = Layout()
@@ -68,7 +68,6 @@ def upload_step(
     parts = [layout.add(n, size) for n, size in zip(sizes, itemsizes, strict=True)]
     words = [layout.add(d.num_words, 8) for d in data]
     news = News(core, layout)
-    lists.reserve(news.arena_size)
     staging = cache._staging
     host = staging.buffer(layout.num_bytes)
     at = host.data_ptr()
@@ -77,9 +76,12 @@ def upload_step(
         d.copy_to(at + where.start)
     try:
         num_moved = news.fill(core, host)
-        sent = torch.empty(layout.num_bytes, dtype=torch.uint8, device=cache.device)
-        staging.send(layout.num_bytes, sent)
-        lists.apply(news, sent, num_moved)
+        with streams.uploading():
+            lists.reserve(news.arena_size)
+            streams.record(lists.pages)
+            sent = torch.empty(layout.num_bytes, dtype=torch.uint8, device=cache.device)
+            staging.send(layout.num_bytes, sent)
+            lists.apply(news, sent, num_moved)
     except BaseException:
         core.forget_arena()
         raise

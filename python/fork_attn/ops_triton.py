@@ -164,6 +164,17 @@ def prepare(plan: Plan, device: torch.device) -> None:
     here.workspace(plan.shape.num_q_heads, plan.shape.num_kv_heads, plan.shape.head_dim_v)
 
 
+def memory(plan: Plan) -> list[torch.Tensor]:
+    """What a plan holds on devices: its words, with all that was uploaded with them, and memory for
+    partial results. Page lists are the cache's."""
+    out = []
+    for here in plan.launches.values():
+        out.append(here.buffer)
+        for work in here.workspaces.values():
+            out += [work.partial_out, work.partial_lse, work.counters]
+    return out
+
+
 def run(
     q: torch.Tensor,
     k_cache: torch.Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -144,8 +144,10 @@ class PlanBuffers:
         _fits("page list entries", news.arena_size, len(self._lists))
         if self.cache._page_lists.pages is not self._lists:
             raise PlanCapacityExceeded("page lists: the cache's were moved to a larger array")
-        if layout.num_bytes > len(self._block):
+        if self.cache._streams or layout.num_bytes > len(self._block):
             layout, news = self._tell_apart(data[0].num_words)
+        if self.cache._streams:
+            self.cache._streams.record(*self._memory())
         try:
             self._write(step, input_ids, data, news, layout.num_bytes)
         except BaseException:
@@ -168,23 +170,35 @@ class PlanBuffers:
         return layer.plan_shape(self.cache.dtype)
 
     def _tell_apart(self, num_words: int) -> tuple[Layout, News]:
-        """Sends long news, such as all lists of a large prefill, by themselves."""
+        """Sends news by themselves: long ones, such as all lists of a large prefill; and all where
+        other streams are announced, as the block belongs to the current stream and page lists to
+        that of uploads."""
+        core, streams, staging = self.cache._core, self.cache._streams, self.cache._staging
         layout = Layout()
-        self._send_news(News(self.cache._core, layout), layout.num_bytes)
-        nothing = Layout()
-        nothing.add(self._plan_at.start // 8 + num_words, 8)
-        return nothing, News(self.cache._core, nothing)
-
-    def _send_news(self, news: News, num_bytes: int) -> None:
-        core, staging = self.cache._core, Staging(self.cache.device)
+        news = News(core, layout)
         try:
-            num_moved = news.fill(core, staging.buffer(num_bytes))
-            sent = torch.empty(num_bytes, dtype=torch.uint8, device=self.cache.device)
-            staging.send(num_bytes, sent)
-            self.cache._page_lists.apply(news, sent, num_moved)
+            with streams.uploading():  # of other steps too, of which this one's plans may know
+                if news.count or news.num_moves:
+                    num_moved = news.fill(core, staging.buffer(layout.num_bytes))
+                    sent = torch.empty(
+                        layout.num_bytes, dtype=torch.uint8, device=self._block.device
+                    )
+                    staging.send(layout.num_bytes, sent)
+                    self.cache._page_lists.apply(news, sent, num_moved)
         except BaseException:
             core.forget_arena()
             raise
+        nothing = Layout()
+        nothing.add(self._plan_at.start // 8 + num_words, 8)
+        return nothing, News(core, nothing)
+
+    def _memory(self) -> Iterator[Tensor]:
+        """All that `attend` reads and writes here."""
+        yield self._block
+        yield from self._plans.values()
+        yield from self._rotations.memory()
+        for tensors in self._workspaces.values():
+            yield from tensors
 
     def _write(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 import torch
@@ -57,6 +57,13 @@ class RotationBuffers(Generic[Kind]):
                 self._turns[kind, rope], turn_of(rope, -rotations[:, 1]), strict=True
             ):
                 table[:n].copy_(new)
+
+    def memory(self) -> Iterator[Tensor]:
+        """The tensors that `queries` reads."""
+        yield self._where
+        yield from self._rows.values()
+        for tables in self._turns.values():
+            yield from tables
 
     def queries(self, kind: Kind, rope: Rope, q: Tensor) -> Tensor:
         """The query tensor that the plan written last reads.

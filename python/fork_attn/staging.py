@@ -115,8 +115,8 @@ class PageLists:
         """Makes room for `size` entries; what is there stays."""
         if size <= len(self.pages):
             return
-        more = torch.zeros(max(size, 2 * len(self.pages)) - len(self.pages), dtype=torch.int32)
-        self.pages = torch.cat([self.pages, more.to(self.pages.device)])
+        more = max(size, 2 * len(self.pages)) - len(self.pages)
+        self.pages = torch.cat([self.pages, self.pages.new_zeros(more)])
 
     def apply(self, news: News, device_bytes: Tensor, num_moved: int) -> None:
         """Makes the news of an upload, that `device_bytes` holds, part of the lists."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from fork_attn import ops_cache, ops_flash
+from fork_attn import ops_cache, ops_flash, ops_triton
 from fork_attn.checks import integer
 from fork_attn.device_step import STEP_TENSORS, upload_step
 from fork_attn.errors import StalePlan
@@ -91,6 +91,7 @@ class Step:
         if cache._resident:
             tensors, self._plans = upload_step(cache, num_tokens, n)
             self.__dict__.update(tensors)
+            self._record_streams()
             return
         wide = torch.empty(2 * num_tokens + n, dtype=torch.int64)
         narrow = torch.empty(2 * n + 1, dtype=torch.int32)
@@ -105,6 +106,16 @@ class Step:
             (num_tokens, num_tokens, n)
         )
         self.cu_seqlens_q, self.seqlens_k = narrow.split((n + 1, n))
+        self._record_streams()
+
+    def _record_streams(self) -> None:
+        """What the step has on the device outlives what is queued on the cache's streams."""
+        streams = self._cache._streams
+        if not streams:
+            return
+        streams.record(*(self.__dict__[name] for name in STEP_TENSORS if name in self.__dict__))
+        for plan in self._plans.values():
+            streams.record(*ops_triton.memory(plan))
 
     def __getattr__(self, name: str) -> torch.Tensor:
         if name not in STEP_TENSORS:

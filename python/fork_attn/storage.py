@@ -37,7 +37,7 @@ class KVStorage:
         self.page_size = page_size
         self.dtype = dtype
         self.device = device
-        self._streams: list[torch.cuda.Stream] = []
+        self.record: Callable[[torch.Tensor], None] | None = None  # of new memory: `OtherStreams`
         self.fill_new: Callable[[torch.Tensor], None] | None = None  # of a layer's new memory
         if not lazy:
             for layer in layers:
@@ -166,18 +166,12 @@ class KVStorage:
             host = host.pin_memory()  # torch keeps it until the copy is made
         return host.to(self.device, non_blocking=True)
 
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """K and V, of layers yet to come too, outlive the work queued on a stream."""
-        self._streams.append(stream)
-        for cache in self.caches():
-            cache.record_stream(stream)
-
     def copy_shifted(self, slots: Sequence[tuple[int, int, int]]) -> None:
         """Copies slots (from, to, positions to move on) in every layer, keys turned; no destination
         is a source."""
         src, dst, shifts = torch.tensor(slots, dtype=torch.int64).t().contiguous()
         distances, rows = shifts.unique(return_inverse=True)
-        src, dst, rows = (t.to(self.device) for t in (src, dst, rows))
+        src, dst, rows = (self.sent(t) for t in (src, dst, rows))
         tables: dict[Rope, Sequence[torch.Tensor]] = {}
         for layer in self.layers:
             rope = layer.rope
@@ -185,7 +179,7 @@ class KVStorage:
                 continue
             assert rope is not None
             if rope not in tables:
-                tables[rope] = [t.float().to(self.device) for t in turn_of(rope, distances)]
+                tables[rope] = [self.sent(t.float()) for t in turn_of(rope, distances)]
             torch.ops.fork_attn.shift_rope(
                 *(layer.k_cache, layer.v_cache, src, dst, *tables[rope], rows),
                 *(rope.interleaved, rope.start),
@@ -205,8 +199,8 @@ class KVStorage:
                 _C.advise_huge_pages(cache.data_ptr(), cache.numel() * cache.element_size())
             if self.fill_new is not None:
                 self.fill_new(cache)
-            for stream in self._streams:
-                cache.record_stream(stream)
+            if self.record is not None:
+                self.record(cache)
 
     def caches(self) -> list[torch.Tensor]:
         if self.device.type == "meta":

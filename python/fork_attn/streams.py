@@ -1,8 +1,10 @@
-"""Streams besides the cache's own: pages that their queued work may still read are not reused."""
+"""Streams besides the cache's own: what their queued work may still read is not reused."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -24,12 +26,18 @@ class Stream(Protocol):
     def record_event(self) -> Event: ...
 
 
-class OtherStreams:
-    """The announced streams of one cache, and the events that pages freed so far wait for.
+_NOTHING = nullcontext()
 
-    A verb that freed pages is followed by `mark`, which records an event on every stream: work
-    queued later cannot name those pages. `poll` gives back what the events have passed, without
-    waiting. In the core, pages freed between two marks are one epoch.
+
+class OtherStreams:
+    """The announced streams of one cache, and the events that what was freed so far waits for.
+
+    A verb that freed pages, or places of page lists, is followed by `mark`, which records an event
+    on every stream: work queued later cannot name those. `poll` gives back what the events have
+    passed, without waiting. In the core, what is freed between two marks is one epoch.
+
+    Page lists are written on a stream of their own (`uploading`), as all streams read them: one
+    that steps then waits for uploads, and for nothing that another one computes.
     """
 
     def __init__(self, core: _C.CacheCore, device: torch.device) -> None:
@@ -38,6 +46,7 @@ class OtherStreams:
         cuda = device.type == "cuda"
         self._own = torch.cuda.current_stream(device) if cuda else None  # the cache's
         self._streams: list[Stream] = []
+        self._uploads: torch.cuda.Stream | None = None  # made with the first announcement
         self._epochs: deque[tuple[int, list[Event]]] = deque()
 
     def __bool__(self) -> bool:
@@ -56,36 +65,69 @@ class OtherStreams:
             raise TypeError(f"stream: expected a torch.cuda.Stream, got {type(stream).__name__}")
         if stream.device != self._device:
             raise ValueError(f"stream: expected one of {self._device}, got one of {stream.device}")
-        if stream == self._own:
+        if self._own is None or stream == self._own:
             return False
+        # What was freed before anything was kept for this stream is free behind the own one only.
+        stream.wait_stream(self._own)
         self.add(stream)
         return True
 
-    def require_current(self) -> None:
+    @property
+    def known(self) -> list[Stream]:
+        """All whose work may use pages: the announced ones, and the own one, since what it reads
+        may be taken and written by a step on another."""
+        return self._streams if self._own is None else [self._own, *self._streams]
+
+    def require_current(self, verb: str) -> None:
         """Raises ValueError unless the current stream is the cache's own or an announced one."""
         if self._own is None:
             return
         stream = torch.cuda.current_stream(self._device)
         if stream != self._own and stream not in self._streams:
             raise ValueError(
-                f"step: expected the cache's own stream {self._own} or one announced by "
+                f"{verb}: expected the cache's own stream {self._own} or one announced by "
                 f"record_stream, got {stream}"
             )
 
     def add(self, stream: Stream) -> None:
         """Announces a stream, once and for all."""
-        if stream not in self._streams:
-            self._core.defer_frees()
-            self._streams.append(stream)
+        if stream in self._streams:
+            return
+        if self._own is not None and self._uploads is None:
+            self._uploads = torch.cuda.Stream(self._device, priority=-1)
+            self._uploads.wait_stream(self._own)
+        self._core.defer_frees()
+        self._streams.append(stream)
+
+    def uploading(self) -> AbstractContextManager[None]:
+        """Where page lists are written: inside, the stream for that is current; behind, the stream
+        that was current has waited for it. Nothing happens where no stream is announced."""
+        return _NOTHING if self._uploads is None else self._switched(self._uploads)
+
+    @contextmanager
+    def _switched(self, uploads: torch.cuda.Stream) -> Iterator[None]:
+        here = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(uploads):
+            yield
+        here.wait_stream(uploads)
+
+    def record(self, *tensors: torch.Tensor) -> None:
+        """The memory of tensors, once they are gone, outlives what is queued on any stream of the
+        cache. Nothing happens where no stream is announced."""
+        if self._uploads is None:
+            return
+        for tensor in tensors:
+            for stream in (*self.known, self._uploads):
+                tensor.record_stream(stream)  # type: ignore[arg-type]
 
     def mark(self) -> None:
-        """Closes the epoch of the pages that were freed since the last mark, if any."""
+        """Closes the epoch of what was freed since the last mark, if anything was."""
         epoch = self._core.close_epoch()
         if epoch:
-            self._epochs.append((epoch, [stream.record_event() for stream in self._streams]))
+            self._epochs.append((epoch, [stream.record_event() for stream in self.known]))
 
     def poll(self) -> None:
-        """Makes pages reusable whose events have all passed. Never waits."""
+        """Makes reusable what all events of its epoch have passed. Never waits."""
         self.mark()
         for _ in range(len(self._epochs)):
             epoch, events = self._epochs.popleft()

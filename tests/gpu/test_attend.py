@@ -9,8 +9,9 @@ import torch
 DTYPES = pytest.mark.parametrize("dtype", bodies.DTYPES, ids=str)
 
 
-def test_decoding_never_waits() -> None:
-    bodies.decoding_never_waits("cuda")
+@pytest.mark.parametrize("announced", [False, True])
+def test_decoding_never_waits(announced: bool) -> None:
+    bodies.decoding_never_waits("cuda", announced)
 
 
 @DTYPES

@@ -1,9 +1,11 @@
-"""Pages that queued work of other streams still reads are not reused: with a kernel that delays."""
+"""What queued work of other streams still reads, pages and page lists, is not reused: with a kernel
+that delays."""
 
 from __future__ import annotations
 
 import device_bodies as bodies
 import pytest
+import stream_bodies
 import torch
 
 DTYPES = pytest.mark.parametrize("dtype", bodies.DTYPES, ids=str)
@@ -35,3 +37,18 @@ def test_a_stream_that_was_not_announced_is_refused() -> None:
         bodies.write(cache, root, 1, 1.0)
     torch.cuda.synchronize()
     cache.check()
+
+
+@pytest.mark.parametrize("opened_there", [True, False], ids=["", "opened on the own stream"])
+@pytest.mark.parametrize("way", stream_bodies.WAYS)
+@pytest.mark.parametrize("verb", stream_bodies.VERBS)
+def test_what_queued_attention_reads_outlives(verb: str, way: str, opened_there: bool) -> None:
+    stream_bodies.what_queued_attention_reads_outlives("cuda", way, verb, opened_there)
+
+
+@pytest.mark.parametrize("way", stream_bodies.WAYS)
+def test_streams_step_branches_of_their_own(way: str) -> None:
+    steps = stream_bodies.QueuedSteps("cuda", way, num_pages=200)
+    others = [bodies.CudaLane() for _ in range(2)]
+    seed = int(torch.randint(2**31, ()))
+    stream_bodies.streams_step_branches_of_their_own(steps, None, others, 60, seed)
