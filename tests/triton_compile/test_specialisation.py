@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,3 +151,12 @@ def test_a_body_is_launched_with_its_stages(recorded: Any, monkeypatch: pytest.M
     run(table.Case(90, 16))
     ((options, _, constants, _, _),) = attention.found
     assert options.num_stages == 5 and 5 in constants.values()
+
+
+def test_the_device_is_asked_for_its_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = SimpleNamespace(shared_memory_per_block_optin=101376)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: asked)
+    ask = launch.shared_memory.__wrapped__
+    assert ask(torch.device("cuda", 1)) == 101376 and ask(torch.device("cpu")) is None
+    del asked.shared_memory_per_block_optin
+    assert ask(torch.device("cuda", 1)) is None
