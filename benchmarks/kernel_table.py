@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fork_attn.kernels.bodies import (
     APART_WARPS,
@@ -76,6 +77,12 @@ CASES = [
     *(Case(sm, rows) for sm in (80, 90, 100) for rows in (16, 32, 64, 128)),
     *(Case(90, rows, page_size=64, tma=True) for rows in (16, 64, 128)),
     Case(100, 128, page_size=64, tma=True),
+    Case(90, 128, kv="fp8e4nv", page_size=64, tma=True),
+    Case(90, 128, dims=(64, 64), group=2, page_size=64, tma=True, extras=True),
+    Case(90, 128, dims=(256, 256), page_size=64, tma=True),
+    # No e4m3 on sm_89: Triton 3.6 keeps the conversions of the first target of a process.
+    Case(86, 128, dims=(256, 256)),
+    Case(120, 128, dims=(256, 256)),
     Case(90, 128, kv="fp8e4nv"),
     Case(90, 128, group=2, extras=True),
     Case(90, 128, dims=(64, 64)),
@@ -93,7 +100,8 @@ CASES = [
 
 
 def compile_case(case: Case) -> Compiled:
-    """The kernel for one case, with the caches' strides of `ForkedKVCache`."""
+    """The kernel for one case, as `launch.tree_attention` has it compiled over the caches of a
+    `ForkedKVCache`."""
     body, dtype, kv = case.body, f"*{case.dtype}", f"*{case.kv_dtype}"
     scales = case.kv is not None
     values = constants(
@@ -116,6 +124,7 @@ def compile_case(case: Case) -> Compiled:
         sm=case.sm,
         merge="apart" if case.apart or case.invariant else "inside",
         batch_invariant=case.invariant,
+        far_heads=False,
     )
     types = POINTERS | {"q": dtype, "k_cache": kv, "v_cache": kv, "out": dtype}
     types |= {"softmax_scale": "fp32", "softcap": "fp32"}
@@ -133,13 +142,12 @@ def compile_case(case: Case) -> Compiled:
         name: "constexpr" if name in values else types.get(name, "i32")
         for name in tree_attention_kernel.arg_names
     }
-    aligned = [name for name, kind in signature.items() if kind.startswith("*")]
     return compile_kernel(
         tree_attention_kernel,
         signature,
         values,
         case.sm,
-        aligned=[*aligned, "q_row", "q_head"],
+        aligned=[*_aligned(tree_attention_kernel, signature), "q_row", "q_head"],
         num_warps=body.warps,
         num_stages=body.stages,
         fuse=not case.invariant,
@@ -153,16 +161,21 @@ def compile_merge(sm: int, head_dim_v: int = 128, invariant: bool = False) -> Co
     signature = {
         name: "constexpr" if name in values else types[name] for name in merge_kernel.arg_names
     }
-    pointers = [name for name in signature if name in types]
     return compile_kernel(
         merge_kernel,
         signature,
         values,
         sm,
-        aligned=pointers,
+        aligned=_aligned(merge_kernel, signature),
         num_warps=APART_WARPS,
         fuse=not invariant,
     )
+
+
+def _aligned(kernel: Any, signature: dict[str, str]) -> list[str]:
+    """Pointers that the JIT would look at and find on 16 bytes."""
+    exempt = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
+    return [name for name, kind in signature.items() if kind[0] == "*" and name not in exempt]
 
 
 def _strides(page_size: int, dim: int) -> tuple[int, int, int]:

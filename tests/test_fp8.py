@@ -14,6 +14,8 @@ from torch import Tensor
 import fork_attn as fa
 from fork_attn import hf
 from fork_attn.ops_cache import gather_kv
+from fork_attn.plan_buffers import PlanBuffers
+from fork_attn.quantise import scale_for
 from fork_attn.reference import attention
 from fork_attn.rope import turn_of, turned
 from fork_attn.testing.tolerance import assert_close_to_oracle
@@ -199,6 +201,46 @@ def test_bad_scales_change_nothing() -> None:
     cache.set_scales(0, good, good)
     with pytest.raises(ValueError, match="expected a cache of"):
         Threads(dtype=torch.bfloat16).cache.set_scales(0, good, good)
+
+
+def test_new_scales_take_the_place_of_the_old_ones() -> None:
+    """A captured graph reads them where they were."""
+    threads = Threads()
+    cache, root = threads.cache, threads.cache.new_branch()
+    threads.feed({root: 4})
+    before = cache.scales(0)
+    root.free()
+    k_scale, v_scale = torch.tensor([0.25, 0.5]), torch.tensor([1.5, 0.125])
+    cache.set_scales(0, k_scale, v_scale)
+    after = cache.scales(0)
+    assert before is not None and after is not None
+    assert [x.data_ptr() for x in before] == [x.data_ptr() for x in after]
+    assert torch.equal(after[0], k_scale) and torch.equal(after[1], v_scale)
+    threads.feed({cache.new_branch(): 5})
+
+
+@pytest.mark.parametrize("padding", [1e4, torch.nan])
+def test_padding_sets_no_scales(padding: float) -> None:
+    threads = Threads()
+    cache, root = threads.cache, threads.cache.new_branch()
+    buffers = PlanBuffers(cache, max_tokens=6)
+    q, k, v = (torch.randn(6, h, d) for h, d in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, DIM_V)))
+    k[4:], v[4:] = padding, padding
+    with pytest.raises(ValueError, match="k: expected rows"):
+        buffers.attend(0, q, k, v)  # before there is a step
+    with cache.step({root: 4}) as step:
+        buffers.update(step)
+        buffers.attend(0, q, k, v)
+    scales = cache.scales(0)
+    assert scales is not None
+    for scale, rows in zip(scales, (k, v), strict=True):
+        torch.testing.assert_close(scale, rows[:4].abs().amax((0, 2)) / 224)
+
+
+def test_values_that_are_not_finite_show_in_the_scales_of_a_gpu() -> None:
+    """Where nothing is read back to refuse them."""
+    scales = scale_for(torch.tensor([0.0, 224.0, torch.inf, torch.nan]))
+    assert scales[:2].tolist() == [1.0, 1.0] and not scales[2:].isfinite().any()
 
 
 def test_values_that_are_not_finite_set_no_scales() -> None:

@@ -62,6 +62,7 @@ def test_padding_touches_nothing(dtype: torch.dtype) -> None:
     bodies.padding_touches_nothing("cpu", False, dtype)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_decode_graph_in_bf16(name: str) -> None:
-    Twins(name, dtype=torch.bfloat16).live()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_decode_graph_at_half_precision(name: str, dtype: torch.dtype) -> None:
+    Twins(name, dtype=dtype).live()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import pytest
+import torch
 from hf_models import build, random_tokens
 from hf_twins import Twins
 
 from fork_attn import PlanCapacityExceeded, StaleBranch, Unsupported, hf
+from fork_attn.hf import decode_graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,6 +100,62 @@ def test_what_does_not_fit_is_refused_and_stores_nothing() -> None:
     with pytest.raises(StaleBranch):
         graph({many[0]: 1})
     assert graph({root: 4}).shape == (1, model.config.vocab_size)
+
+
+def test_captures_and_replays_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may be current. With a fake torch.cuda, whose graphs run nothing."""
+    model = build("llama")
+    root = hf.attach(model, num_pages=20).new_branch()
+    graph = hf.DecodeGraph(model, max_width=4, capture=False)
+    graph._capture = True
+    where: list[torch.device] = []  # that are current, innermost last
+    log: list[object] = []
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        where.append(device)
+        yield
+        where.pop()
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            log.append("a stream is made")
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    class Graph:
+        def pool(self) -> int:
+            return 7
+
+        def replay(self) -> None:
+            log.append(("replay", list(where)))
+
+    @contextmanager
+    def capture(graph: Graph, pool: int | None, stream: object) -> Iterator[None]:
+        log.append(("capture", list(where), pool, type(stream)))
+        yield
+
+    monkeypatch.setattr(decode_graph, "current", current)
+    own = Stream(model.device)
+    log.clear()
+    fake = {
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "stream": lambda _: nullcontext(),
+    }
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: own)
+    graph({root: 1})
+    graph({root: 2})
+    graph(dict.fromkeys(root.fork(2), 3))
+    here, replay = [model.device], ("replay", [model.device])
+    assert log == [
+        *("a stream is made", ("capture", here, None, Stream), replay, replay),
+        *(("capture", here, 7, Stream), replay),
+    ]
 
 
 def test_widths() -> None:

@@ -110,3 +110,20 @@ def test_join_takes_fed_tokens_back_when_it_fails() -> None:
     assert (child.length, child.position, root.length) == (8, 20, 6)
     hf.join(root, [child], pending={child: 7})
     assert (root.length, root.position) == (9, 21)
+
+
+def test_tokens_are_sent_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a GPU: by way of pinned memory, as all that the cache sends."""
+    model = build("llama")
+    root = hf.attach(model, num_pages=8).new_branch()
+    storage = root.cache._storage
+    send, sent = storage.sent, []
+
+    def record(host: torch.Tensor) -> torch.Tensor:
+        sent.append(host.tolist())
+        return send(host)
+
+    monkeypatch.setattr(storage, "sent", record)
+    hf.forward(model, {root: [3, 5, 8]})
+    hf.forward(model, {root: [13, 21]}, logits=[1])
+    assert sent == [[[3, 5, 8]], [1], [[13, 21]]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from typing import Literal
 
 import pytest
@@ -161,6 +162,36 @@ def test_moving_an_accepted_path_reads_all_before_it_writes() -> None:
     pair, root = make()
     # The path 1, 2, 3 moves every token one slot down, over slots that are still to be read.
     pair.step({root: Draft((-1, -1, 1, 2))}, {root: [1, 2, 3]})
+    pair.check()
+
+
+def test_more_moves_than_one_launch_takes_go_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU moves so many slots at once; what one launch moved, a second try does not."""
+    monkeypatch.setattr("fork_attn.ops_cache.MAX_MOVES", 4)
+    pair, root = make()
+    children = pair.fork(root, 3)
+    storage = pair.cache._storage
+    move, sizes = storage.move_slots, []
+
+    def move_some(moves: Sequence[tuple[int, int]]) -> None:
+        if len(sizes) == 1:
+            sizes.append(0)
+            raise RuntimeError("out of memory")
+        sizes.append(len(moves))
+        move(moves)
+
+    monkeypatch.setattr(storage, "move_slots", move_some)
+    counts = dict.fromkeys(children, Draft((-1, -1, 1, 2, 3, 4, 5)))
+    accept = {child: [1, 2, 3, 4, 5, 6] for child in children}
+    step, rows = pair.open(counts), pair.rows(counts, accept)
+    pair.store(rows, step)
+    for child, path in accept.items():
+        step.accept(path, child)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step.commit()
+    step.commit()
+    assert sizes == [4, 0, 4, 4, 4, 2]
+    pair.oracle.step(rows)
     pair.check()
 
 

@@ -10,6 +10,9 @@ APART_ROWS, APART_WARPS, APART_AT_ONCE = 4, 4, 16
 # Partial results that a program merges by itself, at most: beyond, a launch of its own is expected
 # to take less time (docs/kernels/tree_attention.md).
 MOST_MERGED_BYTES = 192 * 1024
+# Loads of page lists, loads of the K and V that they name, products: K and V are one tile ahead.
+STAGES = 3
+_SHARED_REST = 1024  # bytes for page lists, words of masks and barriers
 Merge = Literal["inside", "apart", "none"]
 
 
@@ -20,24 +23,31 @@ class Body:
     rows: int  # query rows (tokens x group) of a tile
     slots: int  # KV slots of a tile
     warps: int
-    stages: int  # tiles of K and V in flight
+    stages: int  # of loads and products: of page lists, K and V, products
 
 
 def choose_body(
-    rows: int, head_dim: int, head_dim_v: int, itemsize: int, kv_itemsize: int, sm: int
+    rows: int,
+    head_dim: int,
+    head_dim_v: int,
+    itemsize: int,
+    kv_itemsize: int,
+    sm: int,
+    shared: int | None = None,
 ) -> Body:
     """The body for row blocks of up to `rows` rows (tokens x group).
 
     The least of 16, 32, 64 and 128 rows that holds a block, so that K and V are read once. Where
     registers do not allow that, the block takes several passes: fp32 (no tensor cores at full
     precision) above 16 rows, heads above 128 at 128 rows. Tiles of 128 rows take 8 warps; so do
-    64 rows of heads above 128 and, for its registers, on sm_100. Tiles have 64 slots, 32 for fp32
-    and, for heads above 128, on sm_80, whose shared memory two stages of 64 do not fit.
+    64 rows of heads above 128 and, for its registers, on sm_100. Tiles have 64 slots, 32 for fp32,
+    for heads above 128 on sm_80 to sm_89, and where shared memory does not hold 64.
 
     Args:
         itemsize: bytes of an element of q.
         kv_itemsize: bytes of an element of K and V.
         sm: compute capability, 80, 90, ...
+        shared: bytes of shared memory that a program may have; None: `shared_memory(sm)`.
     """
     widest = max(head_dim, head_dim_v)
     most = 128
@@ -48,11 +58,34 @@ def choose_body(
     tile = next(size for size in (16, 32, 64, 128) if size >= min(rows, most))
     warps = 8 if tile == 128 or (tile == 64 and (widest > 128 or sm >= 100)) else 4
     slots = 32 if itemsize == 4 or (widest > 128 and sm < 90) else 64
-    stage = slots * (padded(head_dim) + padded(head_dim_v)) * kv_itemsize
-    budget = 160 * 1024 if sm < 90 else 220 * 1024
-    fixed = tile * padded(head_dim) * itemsize + tile * slots * itemsize
-    stages = max(1, min(3, (budget - fixed) // stage))
-    return Body(tile, slots, warps, stages)
+    body = Body(tile, slots, warps, STAGES)
+    most_shared = shared_memory(sm) if shared is None else shared
+    if shared_needed(body, head_dim, head_dim_v, itemsize, kv_itemsize, sm) > most_shared:
+        body = Body(tile, 32, warps, STAGES)
+    return body
+
+
+def shared_memory(sm: int) -> int:
+    """Bytes of shared memory that a program may have on cards of a compute capability (CUDA
+    programming guide, technical specifications)."""
+    if 90 <= sm < 120:
+        return 227 * 1024
+    return (163 if sm in (80, 87) else 99) * 1024
+
+
+def shared_needed(
+    body: Body, head_dim: int, head_dim_v: int, itemsize: int, kv_itemsize: int, sm: int
+) -> int:
+    """Bytes of shared memory that a body takes, at most, with the arguments of `choose_body`.
+
+    Queries, probabilities, and with STAGES K and V of the tile that is on its way; where products
+    read shared memory (sm_90 and sm_100), those of the tile before as well.
+    """
+    queries = body.rows * padded(head_dim) * itemsize
+    probabilities = body.rows * body.slots * itemsize
+    tile = body.slots * (padded(head_dim) + padded(head_dim_v)) * kv_itemsize
+    tiles = 2 if 90 <= sm < 120 else 1
+    return queries + probabilities + tiles * tile + _SHARED_REST
 
 
 def invariant_rows(sm: int) -> int:
@@ -116,8 +149,10 @@ def constants(
     sm: int,
     merge: Merge,
     batch_invariant: bool,
+    far_heads: bool,
 ) -> dict[str, Any]:
-    """The kernel's compile-time arguments; strides are those of page, slot and head."""
+    """The kernel's compile-time arguments; strides are those of page, slot and head. `far_heads`:
+    a row of q reaches 2**31 elements from its first head, as where heads come before tokens."""
     return {
         "NUM_KV_HEADS": num_kv_heads,
         "K_STRIDES": tuple(k_strides),
@@ -146,6 +181,7 @@ def constants(
         "INVARIANT": batch_invariant,
         "MERGE": merge == "inside",
         "MERGE_ROWS": min(body.rows, 4 * body.warps),
+        "FAR_HEADS": far_heads,
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fork_attn.devices import current
 from fork_attn.errors import Unsupported
 from fork_attn.kernels.bodies import (
     APART_ROWS,
@@ -89,6 +90,15 @@ def compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int | None:
+    """Bytes of shared memory that a program may have on a CUDA device; None under the interpreter:
+    what cards of its compute capability have."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
 def check_supported(
     device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, head_dims: tuple[int, int]
 ) -> None:
@@ -156,7 +166,8 @@ def tree_attention(
         softmax_scale, softcap: softcap 0 means none.
         sinks: (num_q_heads,) fp32 or None.
         k_scale, v_scale: (num_kv_heads,) fp32 factors of K and V, or None.
-        use_tma: load whole tiles by descriptors; None: where that applies (`tma_applies`).
+        use_tma: load whole tiles by descriptors; None: where that applies (`tma_applies`), but not
+            for fp32.
         merge: the last program to arrive merges ("inside"), or a launch of its own ("apart"; see
             `choose_merge`); "none": the plan has no partial rows.
         batch_invariant: the plan is, and a row's bits are to be: one body whatever the plan holds,
@@ -174,68 +185,74 @@ def tree_attention(
     if batch_invariant:
         max_block_tokens = invariant_tokens(group, max_block_tokens)
     rows = invariant_rows(sm) if batch_invariant else max_block_tokens * group
-    body = choose_body(rows, head_dim, head_dim_v, q.element_size(), k_cache.element_size(), sm)
+    sizes = (head_dim, head_dim_v, q.element_size(), k_cache.element_size())
+    body = choose_body(rows, *sizes, sm, shared_memory(q.device))
     applies = not batch_invariant and tma_applies(k_cache, v_cache, body, sm)
     if use_tma and not applies:
         raise ValueError("use_tma: descriptors cannot load these tensors (see tma_applies)")
-    tma = applies if use_tma is None else use_tma
-    tree_attention_kernel[(num_programs,)](
-        q,
-        k_cache,
-        v_cache,
-        _descriptor(k_cache, body) if tma else None,
-        _descriptor(v_cache, body) if tma else None,
-        plan,
-        pages,
-        out,
-        lse,
-        workspace.partial_out,
-        workspace.partial_lse,
-        workspace.counters,
-        sinks,
-        k_scale,
-        v_scale,
-        out.shape[0],
-        *q.stride()[:2],
-        softmax_scale,
-        softcap,
-        num_warps=body.warps,
-        enable_fp_fusion=not batch_invariant,
-        **constants(
-            body,
-            num_kv_heads=k_cache.shape[2],
-            k_strides=k_cache.stride()[:3],
-            v_strides=v_cache.stride()[:3],
-            group=group,
-            page_size=page_size,
-            head_dim=head_dim,
-            head_dim_v=head_dim_v,
-            max_block_tokens=max_block_tokens,
-            window=window > 0,
-            softcap=softcap > 0,
-            sinks=sinks is not None,
-            k_scale=k_scale is not None,
-            v_scale=v_scale is not None,
-            tma=tma,
-            fp32=q.dtype == torch.float32,
-            sm=sm,
-            merge=merge,
-            batch_invariant=batch_invariant,
-        ),
+    # Compiled with descriptors, fp32 spills in its loops; with pointers it does not.
+    tma = applies and q.dtype != torch.float32 if use_tma is None else use_tma
+    values = constants(
+        body,
+        num_kv_heads=k_cache.shape[2],
+        k_strides=k_cache.stride()[:3],
+        v_strides=v_cache.stride()[:3],
+        group=group,
+        page_size=page_size,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        max_block_tokens=max_block_tokens,
+        window=window > 0,
+        softcap=softcap > 0,
+        sinks=sinks is not None,
+        k_scale=k_scale is not None,
+        v_scale=v_scale is not None,
+        tma=tma,
+        fp32=q.dtype == torch.float32,
+        sm=sm,
+        merge=merge,
+        batch_invariant=batch_invariant,
+        far_heads=(q.shape[1] - 1) * q.stride(1) >= 2**31,
     )
-    if merge == "apart":
-        num_q_heads = group * k_cache.shape[2]
-        merge_kernel[(-(-out.shape[0] * num_q_heads // APART_ROWS),)](
+    with current(q.device):  # Triton compiles for and launches on that one, wherever tensors lie
+        tree_attention_kernel[(num_programs,)](
+            q,
+            k_cache,
+            v_cache,
+            _descriptor(k_cache, body) if tma else None,
+            _descriptor(v_cache, body) if tma else None,
             plan,
+            pages,
             out,
             lse,
             workspace.partial_out,
             workspace.partial_lse,
+            workspace.counters,
             sinks,
-            num_warps=APART_WARPS,
+            k_scale,
+            v_scale,
+            out.shape[0],
+            *q.stride()[:2],
+            softmax_scale,
+            softcap,
+            num_warps=body.warps,
+            num_stages=body.stages,
             enable_fp_fusion=not batch_invariant,
-            **merge_constants(num_q_heads, head_dim_v, sinks is not None, batch_invariant),
+            **values,
         )
+        if merge == "apart":
+            num_q_heads = group * k_cache.shape[2]
+            merge_kernel[(-(-out.shape[0] * num_q_heads // APART_ROWS),)](
+                plan,
+                out,
+                lse,
+                workspace.partial_out,
+                workspace.partial_lse,
+                sinks,
+                num_warps=APART_WARPS,
+                enable_fp_fusion=not batch_invariant,
+                **merge_constants(num_q_heads, head_dim_v, sinks is not None, batch_invariant),
+            )
 
 
 def check_pages(plan: torch.Tensor, pages: torch.Tensor, num_pages: int, page_size: int) -> None:
@@ -247,9 +264,10 @@ def check_pages(plan: torch.Tensor, pages: torch.Tensor, num_pages: int, page_si
         pages: (n,) int32: physical pages, which the plan's runs index.
         num_pages: of the pool, each of `page_size` slots.
     """
-    check_pages_kernel[(PROGRAMS,)](
-        plan, pages, pages.numel(), num_pages, PAGE_SIZE=page_size, BLOCK=BLOCK
-    )
+    with current(plan.device):
+        check_pages_kernel[(PROGRAMS,)](
+            plan, pages, pages.numel(), num_pages, PAGE_SIZE=page_size, BLOCK=BLOCK
+        )
 
 
 def _descriptor(cache: torch.Tensor, body: Body) -> Any:

@@ -9,7 +9,7 @@ from fork_attn.kernels.partials import merge_partials
 from fork_attn.kernels.plan_fields import NUM_TOKENS
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["plan"])
 def merge_kernel(
     plan, out, lse, partial_out, partial_lse, sinks,
     NUM_Q_HEADS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,

@@ -150,7 +150,8 @@ def _merge_item(
             )  # fmt: skip
 
 
-@triton.jit
+# What differs from step to step is no part of the specialisation: a body is compiled once.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["plan"])
 def tree_attention_kernel(
     q, k_cache, v_cache, k_desc, v_desc, plan, pages, out, lse, partial_out, partial_lse,
     counters, sinks, k_scale, v_scale, num_rows, q_row, q_head, softmax_scale, softcap,
@@ -161,9 +162,12 @@ def tree_attention_kernel(
     HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr,
     HAS_V_SCALE: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     CALLS: tl.constexpr, INVARIANT: tl.constexpr, MERGE: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    FAR_HEADS: tl.constexpr,
 ):  # fmt: skip
     """See `launch.tree_attention`, which says what the arguments are."""
     program = tl.program_id(0)
+    if FAR_HEADS:
+        q_head = q_head.to(tl.int64)
     plan32 = plan.to(tl.pointer_type(tl.int32))
     blocks = section(plan32, OFF_BLOCKS)
     items = section(plan32, OFF_ITEMS)

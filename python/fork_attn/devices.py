@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from fork_attn.errors import Unsupported
@@ -21,6 +23,11 @@ def resolved(device: torch.device | str) -> torch.device:
     if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Within it a CUDA device is the current one; of the CPU there is one only."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def default_workers(device: torch.device) -> int:

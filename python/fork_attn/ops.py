@@ -309,7 +309,8 @@ def run_tree_attention(
             "backend 'flash_attn' reads page tables, which a plan has not: use ForkedKVCache.attend"
         )
     if backend == "triton":
-        ops_triton.check_supported(q, k_cache, v_cache)
+        if not torch.compiler.is_compiling():  # which cannot fold a device's compute capability
+            ops_triton.check_supported(q, k_cache, v_cache)
         return ops_triton.run(q, k_cache, v_cache, plan, scale, cap, sinks, k_scale, v_scale)
     num_tokens = plan.counts["num_tokens"]
     if backend == "reference":

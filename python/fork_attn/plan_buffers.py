@@ -268,7 +268,7 @@ class PlanBuffers:
             softmax_scale, softcap, sinks, layer.num_q_heads, layer.head_dim, cache.device
         )
         k_cache, v_cache = cache.layer(layer_idx)
-        cache._storage.store(layer, k, v, self.slot_mapping[:rows])
+        cache._storage.store(layer, k, v, self.slot_mapping[:rows], self.num_tokens)
         if self.shifted:
             assert layer.rope is not None
             q = self._rotations.queries(_kind(layer), layer.rope, q)

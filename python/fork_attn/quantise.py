@@ -28,15 +28,22 @@ def calibrate(name: str, rows: Tensor) -> Tensor:
     gives its head a scale that is not finite either, and outputs that show it.
 
     Raises:
-        ValueError: on the CPU, a value that is not finite.
+        ValueError: no rows; or on the CPU, a value that is not finite.
     """
+    if len(rows) == 0:
+        raise ValueError(f"{name}: expected rows to set the layer's scales by, got none")
     most = rows.abs().amax((0, 2)).float()
     if rows.device.type == "cpu" and not bool(most.isfinite().all()):
         raise ValueError(
             f"{name}: expected finite values to set the layer's scales by, got Inf or NaN"
         )
+    return scale_for(most)
+
+
+def scale_for(most: Tensor) -> Tensor:
+    """The scales of heads whose largest values are `most`, fp32; of NaN, NaN."""
     scale = (most * (HEADROOM / E4M3_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.where(most > 0, scale, 1.0)
+    return torch.where(most == 0, 1.0, scale)
 
 
 def check_scale(name: str, scale: Tensor, num_heads: int, device: torch.device) -> Tensor:

@@ -69,7 +69,7 @@ class Staging:
         target[:num_bytes].copy_(self._buffers[self._next][:num_bytes], non_blocking=True)
         if self._on_gpu:
             event = self._events[self._next] or torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(target.device))
             self._events[self._next] = event
         self._next = (self._next + 1) % RING
         self.uploads += 1

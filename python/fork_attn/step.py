@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from fork_attn import ops_flash, ops_triton
+from fork_attn import ops_cache, ops_flash, ops_triton
 from fork_attn.checks import integer
 from fork_attn.device_step import STEP_TENSORS, upload_step
 from fork_attn.errors import StalePlan
@@ -236,17 +236,23 @@ class Step:
         """
         self._require_open("commit")
         core = self._cache._core
-        moves = core.step_moves()[self._num_moved :]  # a second try must not move them again
-        if moves:
+        if self._num_moved < len(core.step_moves()):
             core.enter()  # not while another thread attends
             try:
-                self._cache._storage.move_slots(moves)
+                self._move(core.step_moves())
             finally:
                 core.leave()
-            self._num_moved += len(moves)
         core.commit_step()
         self.state = "committed"
         self._cache._books.freed()
+
+    def _move(self, moves: list[tuple[int, int]]) -> None:
+        """Moves accepted draft tokens, as many at once as a GPU can; a second try goes on where the
+        first one failed. No token moves to where a later one of its path is still to be read."""
+        while self._num_moved < len(moves):
+            some = moves[self._num_moved : self._num_moved + ops_cache.MAX_MOVES]
+            self._cache._storage.move_slots(some)
+            self._num_moved += len(some)
 
     def rollback(self) -> None:
         """Gives the reserved slots back; every branch is as it was before the step.

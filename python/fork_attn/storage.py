@@ -119,19 +119,32 @@ class KVStorage:
                 f"set_scales: layer {layer.index} holds K and V stored with other scales; set them "
                 "before its first write, or free all branches"
             )
-        layer.k_scale, layer.v_scale = scales
+        if layer.k_scale is None or layer.v_scale is None:
+            layer.k_scale, layer.v_scale = scales
+            return
+        layer.k_scale.copy_(scales[0])  # where captured graphs read them
+        layer.v_scale.copy_(scales[1])
 
     def store(
-        self, layer: Layer, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        layer: Layer,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        num_tokens: int | None = None,
     ) -> None:
         """Writes rows of K and V, checked, to their slots; the first write of an e4m3 layer whose
         scales are not set sets them.
+
+        Args:
+            num_tokens: rows behind these are padding, stored nowhere; None: there are none.
 
         Raises:
             ValueError: there are no scales yet, and k or v is not finite.
         """
         if self.dtype == E4M3 and layer.k_scale is None:
-            layer.k_scale, layer.v_scale = calibrate("k", k), calibrate("v", v)
+            rows = slice(num_tokens)
+            layer.k_scale, layer.v_scale = calibrate("k", k[rows]), calibrate("v", v[rows])
         layer.written = True
         torch.ops.fork_attn.store_kv(
             *(k, v, layer.k_cache, layer.v_cache, slot_mapping, layer.k_scale, layer.v_scale)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import triton
+
+from fork_attn.kernels.bodies import choose_body, shared_memory, shared_needed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +28,6 @@ def _load() -> object:
 
 
 table = _load()
-SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KiB of one program
 
 
 def limits(case: object) -> tuple[int, int]:
@@ -42,7 +44,7 @@ def limits(case: object) -> tuple[int, int]:
     if case.sm >= 100:
         return 208, 8
     if case.sm >= 90:
-        return 160 if max(case.dims) > 128 else 96, 0
+        return (184 if case.tma else 160) if max(case.dims) > 128 else 96, 0
     return 208, 0
 
 
@@ -55,7 +57,9 @@ def test_body(case: object) -> None:
     # The slow path's loop comes last; in batch-invariant bodies it may be part of the kernel.
     loops = compiled.loop_spills[:1] if case.invariant else compiled.loop_spills
     assert loops and max(loops) <= spills
-    assert compiled.registers <= 255 and compiled.shared <= SHARED_LIMIT[case.sm] * 1024
+    sizes = (*case.dims, table.BYTES[case.dtype], table.BYTES[case.kv_dtype])
+    needed = shared_needed(body, *sizes, case.sm)
+    assert compiled.registers <= 255 and compiled.shared <= needed <= shared_memory(case.sm)
     assert compiled.registers * 32 * body.warps <= 65536
     if case.dtype == "fp32":
         assert compiled.hmma == compiled.hgmma == compiled.tcgen05 == 0  # no tf32
@@ -63,7 +67,7 @@ def test_body(case: object) -> None:
         assert compiled.hgmma > 0 and compiled.hmma == 0
         # Twice a tile, not once a product: functions with warpgroup products would do that.
         assert compiled.product_waits <= 4
-    elif case.sm >= 100 and body.rows >= 64:
+    elif 100 <= case.sm < 120 and body.rows >= 64:
         assert compiled.tcgen05 > 0 and compiled.hmma == 0
     else:
         assert compiled.hmma > 0
@@ -76,6 +80,22 @@ def test_body(case: object) -> None:
         assert table.line(case, compiled) in table.DOC.read_text(), (
             "stale: run benchmarks/kernel_table.py"
         )
+
+
+@pytest.mark.parametrize("sm", [80, 86, 87, 89, 90, 100, 120, 121])
+def test_every_body_fits_the_card(sm: int) -> None:
+    for dims in itertools.product(range(8, 257, 8), repeat=2):
+        for sizes in ((2, 2), (2, 1), (4, 4), (4, 1)):
+            for rows in (1, 32, 64, 128):
+                body = choose_body(rows, *dims, *sizes, sm)
+                assert shared_needed(body, *dims, *sizes, sm) <= shared_memory(sm)
+
+
+def test_a_card_with_less_shared_memory_takes_smaller_tiles() -> None:
+    """Whatever is known of its compute capability."""
+    sizes = (128, 256, 256, 2, 2, 90)
+    assert choose_body(*sizes).slots == choose_body(*sizes, 227 * 1024).slots == 64
+    assert choose_body(*sizes, 160 * 1024).slots == 32
 
 
 @pytest.mark.parametrize(

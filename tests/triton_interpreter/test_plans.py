@@ -248,3 +248,26 @@ def test_a_page_out_of_range_is_found() -> None:
     case.k, case.v = case.k[:1].clone(), case.v[:1].clone()
     with pytest.raises(Exception, match="out of bounds"):
         case.run()
+
+
+def test_heads_of_queries_may_lie_far_apart() -> None:
+    """As in a transposed q of many tokens: 2**31 elements from the first head to the last one."""
+    shape = Shape(16, 3, 1, 16, 16, dtype=FP16)
+    case = triton_case(shape, one_block(shape, 2, [RunSpec([0, 1], 20)]))
+    far = 2**30 + 16
+    storage = torch.empty(2 * far + 2 * 16, dtype=FP16)  # no memory but for the rows below
+    case.q = storage.as_strided(case.q.shape, (16, far, 1)).copy_(case.q)
+    assert case.q.stride(1) * 2 > 2**31
+    case.check()
+
+
+def test_descriptors_are_not_chosen_for_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled with them, it spills; asked for, they work."""
+    made = []
+    monkeypatch.setattr(launch, "_descriptor", lambda cache, _: made.append(cache.dtype))
+    for dtype, use_tma, expected in ((FP32, None, 0), (FP32, True, 2), (FP16, None, 2)):
+        made.clear()
+        shape = Shape(64, 2, 1, 16, 16, dtype=dtype)
+        case = triton_case(shape, one_block(shape, 2, [RunSpec([0], 9)]), use_tma=use_tma)
+        case.run()
+        assert len(made) == expected

@@ -71,10 +71,11 @@ def fork_attention(
             f"sliding_window: layer {layer_idx} of {fork_step.link.model_name} asks for {window}, "
             f"its config announced {planned}"
         )
+    sinks = kwargs.get("s_aux")  # of the model's dtype
     options = {
         "softmax_scale": scaling,
         "softcap": kwargs.get("softcap"),
-        "sinks": kwargs.get("s_aux"),
+        "sinks": None if sinks is None else sinks.float(),
     }
     return fork_step.attend(layer_idx, query, key, value, options), None
 

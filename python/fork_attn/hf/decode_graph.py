@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fork_attn import checks
 from fork_attn.branch import Branch
+from fork_attn.devices import current
 from fork_attn.errors import PlanCapacityExceeded, Unsupported
 from fork_attn.hf._link import Link, link_of
 from fork_attn.hf._pass import FORK_STEP, ForwardPass, placeholder_mask
@@ -91,7 +92,9 @@ class DecodeGraph:
         )
         self._mask = placeholder_mask(model.device)
         self._runs: dict[tuple[int, bool], Callable[[], Tensor]] = {}  # by width and shifts
-        self._pool: Any = None  # memory that the graphs share: they never run at once
+        # What the graphs share: they never run at once.
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, tokens: Mapping[Branch, int]) -> Tensor:
         """Feeds one token to each branch. On an error nothing is stored.
@@ -132,22 +135,28 @@ class DecodeGraph:
 
         if not self._capture:
             return run
+        with current(self._model.device):
+            return self._captured(run)
+
+    def _captured(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         device = self._model.device
         # Twice beside the graph: kernels compile, layers take their memory, libraries their own.
         # The step's K and V are stored again by the replay, to the same slots.
-        side = torch.cuda.Stream(device)
+        side = self._stream = self._stream or torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             run()
             run()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Torch's own stream for captures belongs to the device of the first capture.
+        with torch.cuda.graph(graph, pool=self._pool, stream=side):
             logits = run()
         self._pool = graph.pool()
 
         def replay() -> Tensor:
-            graph.replay()
+            with current(device):
+                graph.replay()
             return logits
 
         return replay

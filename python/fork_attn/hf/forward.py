@@ -109,7 +109,7 @@ def _run(
     step: Step,
     logits: str | Sequence[int],
 ) -> Tensor:
-    device = model.device
+    device, sent = model.device, link.cache._storage.sent
     flat = [token for row in ids.values() for token in row]
     forward_pass = ForwardPass(link, step)
     fork_cache = ForkCache(link.cache)
@@ -118,11 +118,11 @@ def _run(
     if logits == "last":
         rows = step.last_indices.to(device)
     elif logits != "all":
-        rows = torch.tensor(logits, dtype=torch.int64, device=device)
+        rows = sent(torch.tensor(logits, dtype=torch.int64))
     kept = {} if rows is None or not link.keeps_logits else {"logits_to_keep": rows}
     with torch.no_grad():
         output = model(
-            input_ids=torch.tensor([flat], device=device),
+            input_ids=sent(torch.tensor([flat])),
             position_ids=step.position_ids[None].to(device),
             attention_mask=placeholder_mask(device),
             past_key_values=fork_cache,
