@@ -96,7 +96,8 @@ def shared_memory(device: torch.device) -> int | None:
     what cards of its compute capability have."""
     if device.type != "cuda":
         return None
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the attribute
+    return int(properties.shared_memory_per_block_optin)
 
 
 def check_supported(
