@@ -92,12 +92,12 @@ def compute_capability(device: torch.device) -> int:
 
 @functools.cache
 def shared_memory(device: torch.device) -> int | None:
-    """Bytes of shared memory that a program may have on a CUDA device; None under the interpreter
-    and where this build of torch does not say: what cards of its compute capability have."""
+    """Bytes of shared memory that a program may have on a CUDA device; None under the interpreter:
+    what cards of its compute capability have."""
     if device.type != "cuda":
         return None
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", None)  # its stubs lack the name
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the attribute
+    return int(properties.shared_memory_per_block_optin)
 
 
 def check_supported(

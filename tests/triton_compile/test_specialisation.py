@@ -158,5 +158,3 @@ def test_the_device_is_asked_for_its_shared_memory(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: asked)
     ask = launch.shared_memory.__wrapped__
     assert ask(torch.device("cuda", 1)) == 101376 and ask(torch.device("cpu")) is None
-    del asked.shared_memory_per_block_optin
-    assert ask(torch.device("cuda", 1)) is None
