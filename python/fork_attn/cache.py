@@ -171,7 +171,7 @@ class ForkedKVCache:
         num_tokens = self._books.open_step(tokens, wait, self, Branch, Draft)
         core = self._core
         try:
-            step = Step(self, tuple(tokens), num_tokens)
+            step = Step(self, tokens, num_tokens)
             copies = core.step_copies()
             if copies:
                 self._storage.copy_pages(copies)

@@ -4,7 +4,7 @@ whole."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -72,12 +72,15 @@ class Step:
     num_tokens: int
     state: Literal["open", "committed", "rolled_back"]
 
-    def __init__(self, cache: ForkedKVCache, branches: tuple[Branch, ...], num_tokens: int) -> None:
+    def __init__(
+        self, cache: ForkedKVCache, tokens: Mapping[Branch, int | Draft], num_tokens: int
+    ) -> None:
         self._cache = cache
         self._num_moved = 0  # accepted draft tokens that lie where commit wants them
         self._tables: ops_flash.Tables | None = None
         self._plans: dict[tuple[int | None, PlanShape], Plan] = {}
-        self.branches = branches
+        self._tokens = tokens
+        self.branches = tuple(tokens)
         self.num_tokens = num_tokens
         self.state = "open"
         if not cache._resident:
@@ -99,7 +102,7 @@ class Step:
         cache._core.fill_step(
             at, at + 8 * num_tokens, at + 16 * num_tokens, narrow_at, narrow_at + 4 * (n + 1)
         )
-        self._host_rows = wide, narrow
+        self._host_rows = wide
         if cache.device.type == "cuda":
             wide, narrow = cache._storage.sent(wide), cache._storage.sent(narrow)
         self.position_ids, self.slot_mapping, self.last_indices = wide.split(
@@ -107,6 +110,11 @@ class Step:
         )
         self.cu_seqlens_q, self.seqlens_k = narrow.split((n + 1, n))
         self._record_streams()
+
+    def _counts(self) -> list[int]:
+        """Rows of each branch, which a GPU need not be asked for."""
+        new = self._tokens.values()
+        return [len(n.parents) if isinstance(n, Draft) else int(n) for n in new]
 
     def _record_streams(self) -> None:
         """What the step has on the device outlives what is queued on the cache's streams."""
@@ -190,12 +198,11 @@ class Step:
         if self._tables is None:
             self._require_open("attend")
             cache, n = self._cache, self.num_tokens
-            wide, narrow = self._host_rows
             self._tables = ops_flash.step_tables(
                 cache._core,
                 [branch._handle for branch in self.branches],
-                narrow[: len(self.branches) + 1].diff().tolist(),
-                wide[n : 2 * n].tolist(),
+                self._counts(),
+                self._host_rows[n : 2 * n].tolist(),
                 cache.page_size,
             ).to(cache.device)
         return self._tables

@@ -155,7 +155,7 @@ def _check_step(step: Step, ids: Mapping[Branch, list[int]], link: Link) -> None
         raise StalePlan(f"step: it is not a step of {link.model_name}'s cache")
     if step.branches != tuple(ids):
         raise ValueError("step: expected the branches of tokens, in the same order, got others")
-    counts = step.cu_seqlens_q.diff().tolist()
+    counts = step._counts()
     got = [len(row) for row in ids.values()]
     if counts != got:
         raise ValueError(f"tokens: expected {counts} tokens as in the step, got {got}")
