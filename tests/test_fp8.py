@@ -9,6 +9,7 @@ import pytest
 import torch
 from hf_models import build
 from plan_cases import DTYPES, RandomPlan, make_case, random_shape
+from test_streams import FakeStream
 from torch import Tensor
 
 import fork_attn as fa
@@ -197,7 +198,12 @@ def test_bad_scales_change_nothing() -> None:
     after = cache.scales(0)
     assert before is not None and after is not None
     assert all(x is y for x, y in zip(before, after, strict=True))
+    stream = FakeStream()
+    cache._streams.add(stream)
     root.free()
+    with pytest.raises(ValueError, match="let other streams finish"):  # it still reads them
+        cache.set_scales(0, good, good)
+    stream.finish()
     cache.set_scales(0, good, good)
     with pytest.raises(ValueError, match="expected a cache of"):
         Threads(dtype=torch.bfloat16).cache.set_scales(0, good, good)

@@ -282,12 +282,13 @@ class ForkedKVCache:
             v_scale: likewise.
 
         Raises:
-            ValueError: the cache is not e4m3, or pages are live that the layer was written to with
-                other scales; or a shape or value is off.
+            ValueError: the cache is not e4m3, or pages are live, or still read by other streams,
+                that the layer was written to with other scales; or a shape or value is off.
             TypeError: a dtype is off.
         """
         layer = self._layer(layer_idx)
-        in_use = layer.written and self.stats().pages_live > 0
+        stats = self.stats()
+        in_use = layer.written and stats.pages_live + stats.pages_pending > 0
         self._storage.set_scales(layer, k_scale, v_scale, in_use=in_use)
 
     def reorder(self, branches: Sequence[Branch], indices: Sequence[int]) -> None:

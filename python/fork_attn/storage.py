@@ -117,7 +117,7 @@ class KVStorage:
         if in_use:
             raise ValueError(
                 f"set_scales: layer {layer.index} holds K and V stored with other scales; set them "
-                "before its first write, or free all branches"
+                "before its first write, or free all branches and let other streams finish"
             )
         if layer.k_scale is None or layer.v_scale is None:
             layer.k_scale, layer.v_scale = scales
