@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try this program")
     parser.add_argument("--blocks", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="of a block")
+    parser.add_argument("--steps", type=int, default=4, help="of a block")
     parser.add_argument("--most-threads", type=int, default=128)
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()

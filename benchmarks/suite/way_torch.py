@@ -26,12 +26,13 @@ class Copied(Way):
 
     def build(self, layers: int) -> None:
         inputs, forest = self.inputs, self.inputs.forest
-        self.layers = layers
+        one = _padded_slots(inputs) * inputs.slot_bytes
+        # As many bytes for each of the two as `layers` are without copies; that does for caches.
+        self.layers = min(layers, max(2, -(-2 * layers * inputs.unique_bytes // one)))
         self.lengths = [c + q.rows for c, q in zip(forest.contexts, forest.queries, strict=True)]
         if "copies" not in inputs.shared:
-            size = layers * _padded_slots(inputs) * inputs.slot_bytes
-            need(size, inputs, f"{layers} layers of copies")
-            inputs.shared["copies"] = self._copies(layers)
+            need(self.layers * one, inputs, f"{self.layers} layers of copies")
+            inputs.shared["copies"] = self._copies(self.layers)
         self.kv: list[tuple[Tensor, Tensor]] = inputs.shared["copies"]
 
     def _copies(self, layers: int) -> list[tuple[Tensor, Tensor]]:
@@ -95,7 +96,7 @@ class SdpaPerBranch(Copied):
 
     def run(self, layer: int) -> Tensor:
         inputs = self.inputs
-        k, v = self.kv[layer]
+        k, v = self.kv[layer % self.layers]
         for query, length in enumerate(self.lengths):
             rows, one = inputs.rows(query), slice(query, query + 1)
             out = scaled_dot_product_attention(
