@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from svg_chart import Series, lines
 
-import fork_attn as fa
 from fork_attn import _C
-from fork_attn.bench.forest import Forest, uniform
-from fork_attn.bench.grow import grow, pages_of
+from fork_attn.bench.forest import uniform
+from fork_attn.bench.grow import plan_of
 from fork_attn.bench.results import geomean, ours
 from fork_attn.bench.shapes import SHAPES, Heads
-from fork_attn.plan import Plan, build_plan
 
 Result = dict[str, Any]
 
@@ -47,26 +45,6 @@ MODELS = (
     Model("Llama-3-8B", 32, Heads(32, 8), 16.1e9),
     Model("Llama-3-70B", 80, Heads(64, 8), 141e9),
 )
-
-
-def plan_of(
-    forest: Forest, heads: Heads, dtype: torch.dtype, page_size: int, target: str, workers: int
-) -> Plan:
-    """The plan of one step over a forest; no K and V are held."""
-    cache_ = fa.ForkedKVCache(
-        num_layers=1,
-        num_pages=pages_of(forest, page_size),
-        num_q_heads=heads.q,
-        num_kv_heads=heads.kv,
-        head_dim=heads.dim,
-        page_size=page_size,
-        dtype=dtype,
-        device="meta",
-        num_workers=workers,
-    )
-    with cache_.step(grow(cache_, forest)):
-        shape = cache_._layer(0).plan_shape(dtype)
-        return build_plan(cache_._core, None, shape, page_size, target, workers)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 import sweep
 import torch
 
-import fork_attn as fa
-from fork_attn.bench.grow import grow, pages_of
+from fork_attn.bench.grow import pages_of, plan_of
 from fork_attn.bench.shapes import HEADS, PAGE_SIZES, SHAPES
 from fork_attn.calibrate import design
 from fork_attn.calibrate.measure import capacity, effort
-from fork_attn.plan import PlanShape, build_plan
 
 TARGET = "sm_90"
 META = torch.device("meta")
@@ -78,23 +76,11 @@ def of_suite(workers: int) -> Iterator[Need]:
     heads, page = HEADS[0], PAGE_SIZES[0]
     for name, shape in SHAPES.items():
         forest = shape.make()
-        cache = fa.ForkedKVCache(
-            num_layers=1,
-            num_pages=pages_of(forest, page),
-            num_q_heads=heads.q,
-            num_kv_heads=heads.kv,
-            head_dim=heads.dim,
-            page_size=page,
-            dtype=torch.bfloat16,
-            device=META,
-        )
-        of_layer = PlanShape(heads.q, heads.kv, heads.dim, heads.dim, 2)
-        with cache.step(grow(cache, forest)):
-            plan = build_plan(cache._core, None, of_layer, page, TARGET, workers)
-        k, v = cache.layer(0)
+        plan = plan_of(forest, heads, torch.bfloat16, page, TARGET, workers)
+        pages = pages_of(forest, page)
+        held = pages * page * heads.kv * heads.dim * 2 * torch.bfloat16.itemsize  # K and V
         # The inputs hold every token once more in bf16, made from fp32.
-        inputs = (k.nbytes + v.nbytes) * 2
-        yield Need(f"bench, {name}", plan.page_limit, k.shape[0], k.nbytes + v.nbytes + inputs)
+        yield Need(f"bench, {name}", plan.page_limit, pages, 3 * held)
 
 
 def main() -> int:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 import fork_attn as fa
 from fork_attn.bench.forest import Forest
+from fork_attn.bench.shapes import Heads
+from fork_attn.plan import Plan, build_plan
 
 Tokens = dict[fa.Branch, "int | fa.Draft"]
 
@@ -36,6 +40,26 @@ def grow(
         branch: query.new if query.draft is None else fa.Draft(query.draft)
         for branch, query in zip(branches, forest.queries, strict=True)
     }
+
+
+def plan_of(
+    forest: Forest, heads: Heads, dtype: torch.dtype, page_size: int, target: str, workers: int
+) -> Plan:
+    """The plan of one step over a forest; no K and V are held."""
+    cache = fa.ForkedKVCache(
+        num_layers=1,
+        num_pages=pages_of(forest, page_size),
+        num_q_heads=heads.q,
+        num_kv_heads=heads.kv,
+        head_dim=heads.dim,
+        page_size=page_size,
+        dtype=dtype,
+        device="meta",
+        num_workers=workers,
+    )
+    with cache.step(grow(cache, forest)):
+        shape = cache._layer(0).plan_shape(dtype)
+        return build_plan(cache._core, None, shape, page_size, target, workers)
 
 
 def _behind(

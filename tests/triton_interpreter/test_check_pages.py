@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 from plan_cases import RandomPlan, Shape
+from test_backend import make_cache, new_tokens
 from triton.runtime.errors import InterpreterError
 from triton_cases import triton_case
 
-import fork_attn as fa
 from fork_attn.kernels.launch import check_pages
 from fork_attn.plan_format import GATHER, sections
 from fork_attn.testing.planbuf import BlockSpec, RunSpec, build_plan
@@ -57,26 +57,16 @@ def test_runs_outside_the_lists_are_found() -> None:
 
 
 def test_attend_checks_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = fa.ForkedKVCache(
-        num_layers=1,
-        num_pages=8,
-        num_q_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        page_size=4,
-        dtype=torch.float32,
-        backend="triton",
-    )
+    cache = make_cache()
     branch = cache.new_branch()
 
     def attend() -> None:
         with cache.step({branch: 5}) as step:
-            q, k = torch.randn(5, 2, 16), torch.randn(5, 1, 16)
             step.plan  # noqa: B018  made before the lists are spoilt
             lists = cache._lists
             assert lists is not None
             lists.pages[:] += spoil
-            cache.attend(0, q, k, k, step)
+            cache.attend(0, *new_tokens(5), step)
             lists.pages[:] -= spoil
 
     monkeypatch.setenv("FORK_ATTN_DEBUG", "poison,pages")
