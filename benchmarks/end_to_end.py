@@ -3,9 +3,10 @@
     python benchmarks/end_to_end.py --model tiny --quick
     python benchmarks/end_to_end.py --json benchmarks/results/end_to_end_cpu.json
 
-All ways run in turn, a block of steps each, every block from the same prefix; the first block warms
-up. Before that their logits are compared. A replay feeds the same tokens to all. The longest prompt
-is read once, and is cut for shorter ones: longest first. A way that runs out of memory is named.
+All ways run in turn, a block of steps each, every block from the same prefix, its first step not
+timed. Before that their logits are compared, which warms up. A replay feeds the same tokens to all.
+The longest prompt is read once, and is cut for shorter ones: longest first. A way that runs out of
+memory is named.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def run_cell(
     held: dict[str, int] = {}
     absent: dict[str, str] = {}
 
-    def one_block(name: str, way: Way, warm_up: bool) -> None:
+    def one_block(name: str, way: Way) -> None:
         synchronize(device)
         began = time.perf_counter()
         way.begin(threads)
@@ -137,13 +138,12 @@ def run_cell(
             tokens = way.step(tokens).argmax(-1).tolist()
         seconds = (time.perf_counter() - began) / steps
         held[name] = way.kv_bytes()
-        if not warm_up:
-            taken[name].append(seconds)
-            forks[name].append(forked)
+        taken[name].append(seconds)
+        forks[name].append(forked)
 
-    for block in range(blocks + 1):
+    for _ in range(blocks):
         for name, way in ways.items():
-            if name not in absent and not fits(way, partial(one_block, name, way, block == 0)):
+            if name not in absent and not fits(way, partial(one_block, name, way)):
                 absent[name] = OUT_OF_MEMORY
                 taken.pop(name)
     return {

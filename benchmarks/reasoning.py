@@ -37,10 +37,10 @@ FIRST_TOKEN = 30
 NO_TOKEN = 2**31 - 1
 """As the end token: nobody stops early, and no token is forbidden."""
 # Prompt tokens, threads, tokens that each writes.
-FANS = {"full": ((4096, 8, 12), (1024, 1, 32)), "quick": ((64, 3, 4), (48, 1, 4))}
+FANS = {"full": ((4096, 8, 8), (1024, 1, 24)), "quick": ((64, 3, 4), (48, 1, 4))}
 # Threads, tokens of each, forks.
 COORDINATION = {"full": (16, 16, 1), "quick": (3, 4, 1)}
-JOINS = {"full": (4, 24, 1), "quick": (2, 4, 1)}
+JOINS = {"full": (4, 12, 1), "quick": (2, 4, 1)}
 
 # Seconds; tokens of each thread; bytes of K and V at most.
 Run = Callable[[], tuple[float, list[list[int]], int]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,6 +112,9 @@ def test_on_a_cpu_each_round_is_one_call() -> None:
         calls.clear()
         timer.measure({"a": lambda: calls.append("a")}, **options)
         assert len(calls) == 1 + 3
+    calls.clear()
+    times = replace(timer, warm_up=False).host({"a": lambda: calls.append("a")})
+    assert len(calls) == 3 == times["a"].rounds
 
 
 def test_a_call_that_raises_is_named() -> None:

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -62,25 +62,27 @@ class Timer:
         device: "cpu" or "cuda".
         seconds: to spend on all calls together; rounds end when they are spent.
         min_rounds, max_rounds: whatever the seconds say.
+        warm_up: whether a first round only warms up; False for calls that have just been made.
     """
 
     device: torch.device
     seconds: float
     min_rounds: int = 5
     max_rounds: int = 200
+    warm_up: bool = True
 
     def measure(
         self, calls: Mapping[str, Call], cold: bool = False, warm: bool = False
     ) -> dict[str, Times]:
         """Runs all calls in turn, round after round, so that a drift of clocks or another program's
-        load meets all of them alike; the first round only warms up. On a GPU `cold` evicts L2
+        load meets all of them alike. On a GPU `cold` evicts L2
         before each call and `warm` runs each, untimed, right before it is timed: others that ran
         in between have filled L2. On a CPU calls go through layers themselves.
 
         Raises:
             CallFailed: a call raised.
         """
-        for name, call in calls.items():
+        for name, call in calls.items() if self.warm_up else ():
             self._one(name, call, lambda call: call())
         taken: dict[str, list[float]] = {name: [] for name in calls}
         time_one = self._gpu_clock(cold, warm) if self.device.type == "cuda" else _on_cpu
@@ -137,7 +139,7 @@ class Timer:
 
             return run
 
-        host = Timer(torch.device("cpu"), self.seconds, self.min_rounds, self.max_rounds)
+        host = replace(self, device=torch.device("cpu"))
         return host.measure({name: waited(call) for name, call in calls.items()})
 
 
