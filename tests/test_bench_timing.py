@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -103,6 +104,23 @@ def test_a_cold_call_is_launched_before_it_begins(monkeypatch: pytest.MonkeyPatc
     asked.clear()
     TIMER.measure({"a": lambda: asked.append("a")})
     assert asked[1:5] == ["event", "a", "event", "wait"]
+
+
+def test_calls_far_from_the_fastest_are_left_out_once_the_seconds_are_spent() -> None:
+    def run(seconds: float) -> dict[str, int]:
+        order.clear()
+        calls = {
+            name: (lambda name=name, seconds=s: (order.append(name), time.sleep(seconds)))
+            for name, s in (("fast", 0.004), ("near", 0.005), ("far", 0.02))
+        }
+        timer = timing.Timer(torch.device("cpu"), seconds, 7, 8, far_rounds=3, warm_up=False)
+        return {name: times.rounds for name, times in timer.measure(calls).items()}
+
+    order: list[str] = []
+    assert run(0.0) == {"fast": 7, "near": 7, "far": 3}
+    # In turn to the end: each of those left goes first in its round.
+    assert order[9:] == ["near", "fast", "fast", "near"] * 2
+    assert run(60.0) == {"fast": 8, "near": 8, "far": 8}
 
 
 def test_on_a_cpu_each_round_is_one_call() -> None:

@@ -104,7 +104,7 @@ def steps(ways: dict[str, Way], timer: Timer, layers: int, count: int) -> dict[s
     """Of whole steps of `count` layers, plans included; plans and layers have been run before, so
     that no round is spent on warming up."""
     calls = {name: (lambda way=way: way.step(count, layers)) for name, way in ways.items()}
-    return replace(timer, min_rounds=3, warm_up=False).host(calls) if calls else {}
+    return replace(timer, warm_up=False).host(calls) if calls else {}
 
 
 def added_up(cold: Times, plan: Times | None, count: int) -> Times:

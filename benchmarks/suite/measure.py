@@ -161,7 +161,7 @@ def run_case(
     skipped = [k for k in kinds if k.slow_build and not _compiles(case)]
     ways, errors, absent = build_ways(inputs, layers, [k for k in kinds if k not in skipped])
     absent |= {kind.name: "compiled for a few shapes in bf16 only" for kind in skipped}
-    timer = Timer(setting.device, seconds / 4)
+    timer = Timer(setting.device, seconds / 4, min_rounds=7, far_rounds=3)
     try:
         times, graph_absent = measured(ways, timer, layers, absent)
     finally:

@@ -17,6 +17,9 @@ PAUSE_CYCLES = 2_000_000
 """About a millisecond in which a GPU waits, so that the host has launched what is measured, dozens
 of kernels too, before the first of them begins."""
 
+FAR = 2.0
+"""Times the fastest call's time, beyond which one is far from it."""
+
 Call = Callable[[], object]
 T = TypeVar("T")
 
@@ -62,6 +65,8 @@ class Timer:
         device: "cpu" or "cuda".
         seconds: to spend on all calls together; rounds end when they are spent.
         min_rounds, max_rounds: whatever the seconds say.
+        far_rounds: after these, once the seconds are spent, calls that take more than `FAR` times
+            as long as the fastest are left out; None: no call is.
         warm_up: whether a first round only warms up; False for calls that have just been made.
     """
 
@@ -69,6 +74,7 @@ class Timer:
     seconds: float
     min_rounds: int = 5
     max_rounds: int = 200
+    far_rounds: int | None = None
     warm_up: bool = True
 
     def measure(
@@ -87,11 +93,14 @@ class Timer:
         taken: dict[str, list[float]] = {name: [] for name in calls}
         time_one = self._gpu_clock(cold, warm) if self.device.type == "cuda" else _on_cpu
         end = time.perf_counter() + self.seconds
+        names = list(calls)
         for done in range(self.max_rounds):
-            if done >= self.min_rounds and time.perf_counter() > end:
+            spent = time.perf_counter() > end
+            if done >= self.min_rounds and spent:
                 break
+            if self.far_rounds is not None and done >= self.far_rounds and spent:
+                names = _near(names, taken)
             # Another call goes first each round: what the one before leaves behind meets all.
-            names = list(calls)
             first = done % max(len(names), 1)
             for name in names[first:] + names[:first]:
                 taken[name].append(self._one(name, calls[name], time_one))
@@ -141,6 +150,13 @@ class Timer:
 
         host = replace(self, device=torch.device("cpu"))
         return host.measure({name: waited(call) for name, call in calls.items()})
+
+
+def _near(names: list[str], taken: Mapping[str, list[float]]) -> list[str]:
+    """Those of the names that are not far from the fastest."""
+    medians = {name: statistics.median(taken[name]) for name in names}
+    fastest = min(medians.values(), default=0.0)
+    return [name for name in names if medians[name] <= FAR * fastest]
 
 
 def _on_cpu(call: Call) -> float:
