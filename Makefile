@@ -49,7 +49,7 @@ format: $(VENV)/.installed-dev  ## rewrite the sources in the project's style
 
 # Results go to RESULTS; the tables and pictures that are written are those of benchmarks/results.
 RESULTS ?= benchmarks/results
-bench: $(VENV)/.installed-dev $(VENV)/.weights build/cpp  ## on a quiet CPU, about ten minutes: measure, write tables and pictures
+bench: $(VENV)/.installed-dev $(VENV)/.weights build/cpp  ## on a quiet CPU, under ten minutes: measure, write tables and pictures
 	$(CMAKE) --build build/cpp --target cpp_benchmarks
 	for program in build/cpp/bench_*; do ./$$program || exit 1; done
 	$(PY) -m pytest benchmarks -q --benchmark-columns=min,median,max $(ARGS)
