@@ -12,7 +12,8 @@ from reason_pair import EOS, Forced, make_model, make_tokenizer, run_forced
 from trace_walk import Walk, nested
 
 from fork_attn.errors import Unsupported
-from fork_attn.reason.trace import Trace, Watching
+from fork_attn.reason.trace import Trace
+from fork_attn.reason.trace_records import Watching
 from fork_attn.reason.training import Packer, TrainingExample, from_trace, merge_ranges
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from fork_attn import Branch, hf
-from fork_attn.reason.trace import (
+from fork_attn.reason.trace import Trace
+from fork_attn.reason.trace_records import (
     Event,
     Injection,
     InjectionKind,
     Span,
     StepRecord,
     ThreadRecord,
-    Trace,
 )
 
 TEXT = "so we try two and three then see what they say of it all <b> & more"

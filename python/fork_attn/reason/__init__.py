@@ -16,13 +16,13 @@ from fork_attn.reason.script import Ended, Script, together
 from fork_attn.reason.speculation import DraftModel, PromptLookup, Speculation
 from fork_attn.reason.tags import add_tags
 from fork_attn.reason.thread import Thread
-from fork_attn.reason.trace import (
+from fork_attn.reason.trace import Trace
+from fork_attn.reason.trace_records import (
     Event,
     Injection,
     Span,
     StepRecord,
     ThreadRecord,
-    Trace,
     Watching,
 )
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fork_attn.reason.run import Run
-from fork_attn.reason.trace import Event, StepRecord, Trace
+from fork_attn.reason.trace import Trace
+from fork_attn.reason.trace_records import Event, StepRecord
 
 
 def build_trace(

@@ -18,7 +18,7 @@ from fork_attn.reason.run import Run
 from fork_attn.reason.script import Ended, Script, Together
 from fork_attn.reason.stepper import Stepper
 from fork_attn.reason.thread import Thread
-from fork_attn.reason.trace import Event, StepRecord
+from fork_attn.reason.trace_records import Event, StepRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,7 +23,8 @@ from fork_attn.reason.protocol import Protocol, get_protocol
 from fork_attn.reason.run import Run
 from fork_attn.reason.sampling import Sampler
 from fork_attn.reason.speculation import Speculation
-from fork_attn.reason.trace import Event, Trace
+from fork_attn.reason.trace import Trace
+from fork_attn.reason.trace_records import Event
 from fork_attn.reason.vocabulary import Vocabulary, missing_tags
 
 if TYPE_CHECKING:

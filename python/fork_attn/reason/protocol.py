@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from fork_attn.reason import records
-from fork_attn.reason.trace import Span
+from fork_attn.reason.trace_records import Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from fork_attn.reason.detokenize import Pieces, text_of
-from fork_attn.reason.trace import (
+from fork_attn.reason.trace_records import (
     Injection,
     InjectionKind,
     Span,

@@ -9,7 +9,7 @@ from fork_attn.reason import records
 from fork_attn.reason.limits import Limits
 from fork_attn.reason.sampling import Sampler, thread_seed
 from fork_attn.reason.thread import Thread
-from fork_attn.reason.trace import Event, JoinKind, Span, Status
+from fork_attn.reason.trace_records import Event, JoinKind, Span, Status
 from fork_attn.reason.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from fork_attn.reason import records
 from fork_attn.reason.detokenize import Detokenizer, text_of
 from fork_attn.reason.sampling import Sampler
 from fork_attn.reason.script import Ended, Script, Together
-from fork_attn.reason.trace import Event, InjectionKind, JoinKind, Span, Status, Watching
+from fork_attn.reason.trace_records import Event, InjectionKind, JoinKind, Span, Status, Watching
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,8 @@ from typing import Any
 from fork_attn.reason import trace_picture
 from fork_attn.reason.scene import Group, Rect
 from fork_attn.reason.text_width import printable
-from fork_attn.reason.trace import ThreadRecord, Trace
+from fork_attn.reason.trace import Trace
+from fork_attn.reason.trace_records import ThreadRecord
 from fork_attn.reason.trace_show import facts, summary
 
 _STYLE = """

@@ -6,7 +6,15 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from fork_attn.reason.trace import Event, Injection, Span, StepRecord, ThreadRecord, Trace, Watching
+from fork_attn.reason.trace import Trace
+from fork_attn.reason.trace_records import (
+    Event,
+    Injection,
+    Span,
+    StepRecord,
+    ThreadRecord,
+    Watching,
+)
 
 FORMAT = "fork-attn trace"
 VERSION = 1

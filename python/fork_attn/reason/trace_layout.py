@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fork_attn.reason.trace import Event, ThreadRecord, Trace
+from fork_attn.reason.trace import Trace
+from fork_attn.reason.trace_records import Event, ThreadRecord
 
 
 @dataclass(frozen=True)

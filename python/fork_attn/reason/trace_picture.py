@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from fork_attn.reason.scene import SIZES, Group, Line, Rect, Scene, Text
 from fork_attn.reason.text_width import wrap
-from fork_attn.reason.trace import ThreadRecord, Trace
+from fork_attn.reason.trace import Trace
 from fork_attn.reason.trace_layout import Bar, Connector, Layout, layout
+from fork_attn.reason.trace_records import ThreadRecord
 
 WIDTH = 1200.0
 MARGIN = 32.0

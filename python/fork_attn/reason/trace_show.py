@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fork_attn.reason.trace import ThreadRecord, Trace
+from fork_attn.reason.trace import Trace
+from fork_attn.reason.trace_records import ThreadRecord
 
 if TYPE_CHECKING:
     from rich.console import Console

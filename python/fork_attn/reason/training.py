@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fork_attn.errors import Unsupported
-from fork_attn.reason.trace import ThreadRecord, Trace
+from fork_attn.reason.trace import Trace
+from fork_attn.reason.trace_records import ThreadRecord
 
 
 @dataclass(frozen=True)

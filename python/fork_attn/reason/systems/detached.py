@@ -9,7 +9,7 @@ from typing import ClassVar
 from fork_attn.reason.protocol import Protocol, register
 from fork_attn.reason.script import Ended, Script, together
 from fork_attn.reason.thread import Thread
-from fork_attn.reason.trace import Span
+from fork_attn.reason.trace_records import Span
 
 
 @dataclass(frozen=True)

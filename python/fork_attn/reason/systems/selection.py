@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fork_attn.reason.protocol import Protocol, register
 from fork_attn.reason.script import Script, together
 from fork_attn.reason.thread import Thread
-from fork_attn.reason.trace import Span
+from fork_attn.reason.trace_records import Span
 
 Scorer = Callable[[str], float]
 
