@@ -131,7 +131,6 @@ def test_html_needs_nothing_else_and_survives_any_text(trace: Trace) -> None:
 
 
 def test_png(trace: Trace, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     hostile(trace).plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
