@@ -63,7 +63,7 @@ class CMakeBuild(build_ext):
             # Given anew each time: an isolated build leaves paths of a deleted folder in the cache.
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-            f"-DFORK_ATTN_CUDA={os.environ.get('FORK_ATTN_CUDA', 'AUTO')}",
+            f"-DFORK_ATTN_CUDA={os.environ.get('FORK_ATTN_CUDA') or 'AUTO'}",
         ]
         archs = os.environ.get("FORK_ATTN_CUDA_ARCHS")
         arguments.append(f"-DFORK_ATTN_CUDA_ARCHS={archs}" if archs else "-UFORK_ATTN_CUDA_ARCHS")
