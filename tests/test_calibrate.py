@@ -49,7 +49,7 @@ def test_known_costs_come_back(target: str, workers: int) -> None:
     cases = list(design.resident_cases(target, workers, 4e6 if target == "cpu" else 2e5))
     if target != "cpu":
         assert {rows for case in cases for rows in case.work.slots} == {16, 32, 64, 128}
-    ns = [design.predicted_ns(case.work, known, case.shape, False) for case in cases]
+    ns = [design.predicted_ns(case, known, False) for case in cases]
     found = fit.fit(cases, ns, known["bytes_per_ns"], load_rows=target == "cpu")
     assert found == pytest.approx(known, rel=1e-6)
     rng = random.Random(1)
@@ -65,7 +65,7 @@ def test_what_a_worker_does_is_what_the_planner_says() -> None:
     for case in (*design.tree_cases("cpu", 3, 10**6), *design.streamed_cases("cpu", 3, 1 << 24)):
         work = case.work
         row_bytes = 2 * (case.shape.head_dim_v + 1) * 4
-        ns = design.predicted_ns(work, KNOWN, case.shape, True) - KNOWN["launch_ns"]
+        ns = design.predicted_ns(case, KNOWN, True) - KNOWN["launch_ns"]
         ns -= work.partial_rows * row_bytes / KNOWN["partial_bytes_per_ns"]
         assert ns <= case.plan.work[0] * 1000 * (1 + 1e-9) or len(case.plan.span_ns) > 3
         total = sum(case.plan.span_ns) * case.shape.num_kv_heads
@@ -103,7 +103,7 @@ def test_the_command_writes_a_file_that_plans_follow(
 
     def modelled(cases: list[design.Case], *rest: object) -> list[float]:
         assert all(ns > 0 for ns in real(cases, *rest))  # type: ignore[arg-type]
-        return [design.predicted_ns(c.work, KNOWN, c.shape, c.streamed) for c in cases]
+        return [design.predicted_ns(c, KNOWN, c.streamed) for c in cases]
 
     monkeypatch.setattr(measure, "_time", modelled)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -123,7 +123,7 @@ def without(name: str) -> dict[str, float]:
         ("{", "expected JSON"),
         ([], "what: expected 'fork-attn costs'"),
         (content(what="suite"), "what: expected 'fork-attn costs'"),
-        (content(version=0), "version: expected 1, got 0"),
+        (content(version=0), "version: expected 2, got 0"),
         (content() | {"target": "sm_75"}, "target: expected cpu, sm_80, sm_90, sm_100, got 'sm_75"),
         (content(machine=3), "machine: expected a string, got 3"),
         (content(date=None), "date: expected a string, got None"),

@@ -49,7 +49,8 @@ class Costs:
         tile = next(size for size in (128, 64, 32, 16) if rows >= size or size == 16)
         rate = t[f"flops_per_ns_{tile}"]
         compute = (rows + t["load_rows"]) * 2 * dims / rate + rows * t["ns_per_exp"]
-        return max(compute, dims * self.shape.itemsize / t["bytes_per_ns"])
+        memory = dims * self.shape.itemsize / t["bytes_per_ns"]
+        return max(compute, memory) if t["overlaps"] else compute + memory
 
     def item(self, tokens: int, slots: int, *, partial: bool) -> float:
         row_bytes = (self.shape.head_dim_v + 1) * 4

@@ -34,7 +34,8 @@ py::dict costs_of(const std::string& name) {
   TargetCosts t = target_costs(name);
   py::dict found(py::arg("workers") = t.workers, py::arg("spans_per_worker") = t.spans_per_worker,
                  py::arg("row_quantum") = t.row_quantum, py::arg("tile_slots") = t.tile_slots,
-                 py::arg("chunk_slots") = t.chunk_slots, py::arg("gather_slots") = t.gather_slots);
+                 py::arg("chunk_slots") = t.chunk_slots, py::arg("gather_slots") = t.gather_slots,
+                 py::arg("overlaps") = t.overlaps);
   each_cost(t, [&](const char* field, auto& value) { found[field] = value; });
   return found;
 }

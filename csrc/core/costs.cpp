@@ -16,7 +16,22 @@ namespace {
 // TB/s, 2250 TFLOP/s (dense bf16). Small tiles run on mma.sync, taken as 60 % of the rate. exp: 16
 // a clock and SM. The CPU is one AVX-512 core at about 3 GHz, with its share of a server's memory.
 constexpr std::array<TargetCosts, 4> kDatasheet = {{
-    {"cpu", 0, 128, 4, 10.0, {130.0, 130.0, 130.0, 130.0}, 1, 2, 0.3, 1000.0, 64, 0, 256, 10.0, 0},
+    {"cpu",
+     0,
+     128,
+     4,
+     10.0,
+     {130.0, 130.0, 130.0, 130.0},
+     1,
+     2,
+     0.3,
+     1000.0,
+     64,
+     0,
+     256,
+     10.0,
+     0,
+     false},
     {"sm_80",
      108,
      128,
@@ -31,7 +46,8 @@ constexpr std::array<TargetCosts, 4> kDatasheet = {{
      48,
      512,
      18.5,
-     0},
+     0,
+     true},
     {"sm_90",
      132,
      128,
@@ -46,7 +62,8 @@ constexpr std::array<TargetCosts, 4> kDatasheet = {{
      48,
      512,
      36.4,
-     0},
+     0,
+     true},
     {"sm_100",
      148,
      128,
@@ -61,7 +78,8 @@ constexpr std::array<TargetCosts, 4> kDatasheet = {{
      48,
      512,
      54.0,
-     0},
+     0,
+     true},
 }};
 
 std::size_t index_of(std::string_view name) {
@@ -135,7 +153,8 @@ double slot_ns(const TargetCosts& target, const LayerShape& shape, int64_t token
   const double compute = (static_cast<double>(padded) + target.load_rows) * flops / rate +
                          static_cast<double>(padded) * target.ns_per_exp;
   const double bytes = static_cast<double>(shape.head_dim + shape.head_dim_v) * shape.itemsize;
-  return std::max(compute, bytes / target.bytes_per_ns);
+  const double memory = bytes / target.bytes_per_ns;
+  return target.overlaps ? std::max(compute, memory) : compute + memory;
 }
 
 }  // namespace

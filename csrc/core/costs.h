@@ -29,6 +29,8 @@ struct TargetCosts {
   int32_t chunk_slots;  // batch-invariant plans cut contexts at multiples of this: whole tiles
   double partial_bytes_per_ns;  // a worker's rate of writing partial rows and reading them back
   double launch_ns;             // of a call, whatever it holds; no choice depends on it
+  bool overlaps;  // memory's time passes beside arithmetic's, as with asynchronous copies; else
+                  // after it
 };
 
 // "cpu", "sm_80", "sm_90", "sm_100"; kValue for any other. What comes back never changes and lives

@@ -17,7 +17,7 @@ import torch
 from fork_attn import _C, _env
 
 TARGETS = ("cpu", "sm_80", "sm_90", "sm_100")
-WHAT, VERSION = "fork-attn costs", 1
+WHAT, VERSION = "fork-attn costs", 2
 
 FIELDS = {
     "bytes_per_ns": "memory bandwidth of a worker while all stream",

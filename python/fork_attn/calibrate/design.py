@@ -46,6 +46,7 @@ class Case:
     plan: Plan
     work: Work
     streamed: bool  # K and V from memory; else from the nearest cache
+    overlaps: bool  # of the target: memory's time passes beside arithmetic's
 
     @property
     def shape(self) -> PlanShape:
@@ -130,6 +131,11 @@ def work_of(plan: Plan, target: str, workers: int) -> Work:
     )
 
 
+def _case(target: str, name: str, rows: int, plan: Plan, workers: int, streamed: bool) -> Case:
+    overlaps = bool(_C.target_costs(target)["overlaps"])
+    return Case(name, rows, plan, work_of(plan, target, workers), streamed, overlaps)
+
+
 def slots_for(target: str, rows: int, head_dim: int, ns: float) -> int:
     """Slots that take a worker about `ns` by the costs at hand, whole tiles."""
     t = _C.target_costs(target)
@@ -146,7 +152,7 @@ def resident_cases(target: str, workers: int, ns: float) -> Iterator[Case]:
 
     def case(name: str, rows: int, roots: int, slots: int, dim: int = 128, pieces: int = 1) -> Case:
         plan = plan_rows(target, workers, rows, roots, slots, dim, pieces=pieces)
-        return Case(name, rows, plan, work_of(plan, target, workers), False)
+        return _case(target, name, rows, plan, workers, False)
 
     yield case("one short item", 16 if target != "cpu" else 1, 1, 1)
     for rows in CPU_ROWS if target == "cpu" else GPU_ROWS:
@@ -170,8 +176,7 @@ def streamed_cases(target: str, workers: int, num_bytes: int) -> Iterator[Case]:
     for part in (1, 2):
         slots = num_bytes // part // slot_bytes // roots // 64 * 64
         plan = plan_rows(target, workers, rows, roots, slots, 128)
-        work = work_of(plan, target, workers)
-        yield Case(f"from memory, 1/{part}", rows, plan, work, True)
+        yield _case(target, f"from memory, 1/{part}", rows, plan, workers, True)
 
 
 TREES = (
@@ -209,9 +214,10 @@ class Tensors:
         return q, pages[0], pages[1], plan
 
 
-def predicted_ns(work: Work, table: dict[str, float], shape: PlanShape, streamed: bool) -> float:
+def predicted_ns(case: Case, table: dict[str, float], streamed: bool) -> float:
     """The cost model's time of a call (csrc/core/costs.cpp), its memory term left out where nothing
     is streamed."""
+    work, shape = case.work, case.shape
     dims = shape.head_dim + shape.head_dim_v
     ns = table["launch_ns"] + work.items * table["item_ns"]
     row_bytes = 2 * (shape.head_dim_v + 1) * 4
@@ -220,7 +226,7 @@ def predicted_ns(work: Work, table: dict[str, float], shape: PlanShape, streamed
         compute = (rows + table["load_rows"]) * 2 * dims / table[rate_field(rows)]
         compute += rows * table["ns_per_exp"]
         memory = dims * shape.itemsize / table["bytes_per_ns"] if streamed else 0.0
-        ns += slots * max(compute, memory)
+        ns += slots * (max(compute, memory) if case.overlaps else compute + memory)
     return ns
 
 
@@ -239,4 +245,4 @@ def tree_cases(target: str, workers: int, capacity: int) -> Iterator[Case]:
             continue
         name = f"[{','.join(map(str, nodes))}]x[{','.join(map(str, tokens))}]"
         rows = int(costs.target_costs(target)["max_rows"])
-        yield Case(name, rows, tree.plan, work_of(tree.plan, target, workers), True)
+        yield _case(target, name, rows, tree.plan, workers, True)

@@ -89,6 +89,7 @@ def _calibrate(target: str, device: torch.device, much: Effort, tick: Tick) -> d
     try:
         bytes_per_ns = fit.bandwidth(streamed, times)
         found = fit.fit(resident, resident_ns, bytes_per_ns, load_rows=target == "cpu")
+        found["bytes_per_ns"] = fit.bandwidth(streamed, times, found)
     except ValueError as error:
         measured = _rows([*streamed, *resident], [*times, *resident_ns], _datasheet(target))
         raise Misfit(str(error), measured) from error
@@ -152,7 +153,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     rows = []
     for case, ns in zip(cases, times, strict=True):
-        predicted = design.predicted_ns(case.work, table, case.shape, case.streamed)
+        predicted = design.predicted_ns(case, table, case.streamed)
         rows.append(
             {
                 "case": case.name,
