@@ -38,7 +38,8 @@ FORK_ATTN_INLINE VecF load(const float* p) {
 
 FORK_ATTN_INLINE void store(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
 
-FORK_ATTN_INLINE VecF broadcast(float x) { return VecF{} + x; }
+// x + 0 would not be x for -0, and be computed.
+FORK_ATTN_INLINE VecF broadcast(float x) { return x - VecF{}; }
 
 FORK_ATTN_INLINE VecF load_as_float(const float* p) { return load(p); }
 
