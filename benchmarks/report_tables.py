@@ -64,14 +64,45 @@ def headline(suites: list[Result], models: list[Result]) -> str:
     parts: list[str] = []
     if suites:
         parts += _headline_attention(suites[0])
+    for other in suites[1:]:
+        parts += ["", _headline_in_short(other)]
     if models:
         parts += ["", *_headline_model(models[0])]
     parts += ["", "All shapes, all rivals and the losses: [benchmarks](docs/benchmarks.md)."]
     return "\n".join(parts)
 
 
+def _compared(result: Result) -> list[Row]:
+    return [r for r in main_rows(result) if over_best_rival(r) is not None]
+
+
+def _losses(rows: list[Row]) -> str:
+    lost = [r for r in rows if (over_best_rival(r) or 1) < 1]
+    worst = min(rows, key=lambda r: over_best_rival(r) or 1)
+    return (
+        f"Slower than the best rival in {len(lost)} of {len(rows)}; "
+        f"worst: {worst['shape']} ({worst['text']}) at {over_best_rival(worst):.2f} times "
+        f"{best_rival(worst)}."
+    )
+
+
+def _headline_in_short(result: Result) -> str:
+    rows = _compared(result)
+    found = []
+    for name, low, high in KINDS:
+        best = [
+            v for r in rows if low <= r["reuse"] < high and (v := over_best_rival(r)) is not None
+        ]
+        if best:
+            found.append(f"{name} {_spread(best)}")
+    return (
+        f"The same against the best rival on another machine: {', '.join(found)}. "
+        f"{_losses(rows)} {conditions(result)}"
+    )
+
+
 def _headline_attention(result: Result) -> list[str]:
-    rows = [r for r in main_rows(result) if over_best_rival(r) is not None]
+    rows = _compared(result)
     lines = [
         "Attention of one decode step, time of a rival over ours, opening the step, planning and "
         f"storing in ours ({setting(rows[0])}):",
@@ -90,14 +121,7 @@ def _headline_attention(result: Result) -> list[str]:
         lines.append(
             f"| {name} | {len(some)} | {_spread(best)} | {_spread(sdpa)} | {_spread(limit)} |"
         )
-    lost = [r for r in rows if (over_best_rival(r) or 1) < 1]
-    worst = min(rows, key=lambda r: over_best_rival(r) or 1)
-    lines += [
-        "",
-        f"Geometric mean (least–most). Slower than the best rival in {len(lost)} of {len(rows)}; "
-        f"worst: {worst['shape']} ({worst['text']}) at {over_best_rival(worst):.2f} times "
-        f"{best_rival(worst)}. {conditions(result)}",
-    ]
+    lines += ["", f"Geometric mean (least–most). {_losses(rows)} {conditions(result)}"]
     return lines
 
 
