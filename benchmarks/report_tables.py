@@ -76,6 +76,18 @@ def _compared(result: Result) -> list[Row]:
     return [r for r in main_rows(result) if over_best_rival(r) is not None]
 
 
+def _by_kind(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    return [
+        (name, some)
+        for name, low, high in KINDS
+        if (some := [r for r in rows if low <= r["reuse"] < high])
+    ]
+
+
+def _best_rivals(rows: list[Row]) -> str:
+    return _spread([v for r in rows if (v := over_best_rival(r)) is not None])
+
+
 def _losses(rows: list[Row]) -> str:
     lost = [r for r in rows if (over_best_rival(r) or 1) < 1]
     worst = min(rows, key=lambda r: over_best_rival(r) or 1)
@@ -88,15 +100,9 @@ def _losses(rows: list[Row]) -> str:
 
 def _headline_in_short(result: Result) -> str:
     rows = _compared(result)
-    found = []
-    for name, low, high in KINDS:
-        best = [
-            v for r in rows if low <= r["reuse"] < high and (v := over_best_rival(r)) is not None
-        ]
-        if best:
-            found.append(f"{name} {_spread(best)}")
+    found = ", ".join(f"{name} {_best_rivals(some)}" for name, some in _by_kind(rows))
     return (
-        f"The same against the best rival on another machine: {', '.join(found)}. "
+        f"The same against the best rival on another machine: {found}. "
         f"{_losses(rows)} {conditions(result)}"
     )
 
@@ -111,15 +117,11 @@ def _headline_attention(result: Result) -> list[str]:
         "limit |",
         "|---|--:|--:|--:|--:|",
     ]
-    for name, low, high in KINDS:
-        some = [r for r in rows if low <= r["reuse"] < high]
-        if not some:
-            continue
-        best = [v for r in some if (v := over_best_rival(r)) is not None]
+    for name, some in _by_kind(rows):
         sdpa = [v for r in some if (v := _over(r, "sdpa_per_branch")) is not None]
         limit = [v for r in some if (v := of_limit(r)) is not None]
         lines.append(
-            f"| {name} | {len(some)} | {_spread(best)} | {_spread(sdpa)} | {_spread(limit)} |"
+            f"| {name} | {len(some)} | {_best_rivals(some)} | {_spread(sdpa)} | {_spread(limit)} |"
         )
     lines += ["", f"Geometric mean (least–most). {_losses(rows)} {conditions(result)}"]
     return lines

@@ -49,7 +49,7 @@ def test_known_costs_come_back(target: str, workers: int) -> None:
     cases = list(design.resident_cases(target, workers, 4e6 if target == "cpu" else 2e5))
     if target != "cpu":
         assert {rows for case in cases for rows in case.work.slots} == {16, 32, 64, 128}
-    ns = [design.predicted_ns(case, known, False) for case in cases]
+    ns = [design.predicted_ns(case, known) for case in cases]
     found = fit.fit(cases, ns, known["bytes_per_ns"], load_rows=target == "cpu")
     assert found == pytest.approx(known, rel=1e-6)
     rng = random.Random(1)
@@ -60,12 +60,21 @@ def test_known_costs_come_back(target: str, workers: int) -> None:
     assert max(map(abs, fit.errors(cases, noisy, found))) < 0.05
 
 
+def test_a_known_bandwidth_comes_back() -> None:
+    """On a CPU, where arithmetic's time is taken off; what it hides shows as at least a share."""
+    cases = list(design.streamed_cases("cpu", 2, 1 << 24))
+    ns = [design.predicted_ns(case, KNOWN) for case in cases]
+    assert fit.bandwidth(cases, ns, KNOWN) == pytest.approx(KNOWN["bytes_per_ns"], rel=1e-6)
+    slow = KNOWN | {f"flops_per_ns_{rows}": 1.0 for rows in (16, 32, 64, 128)}
+    assert fit.bandwidth(cases, ns, slow) == pytest.approx(20 * fit.bandwidth(cases, ns))
+
+
 def test_what_a_worker_does_is_what_the_planner_says() -> None:
     _C.set_target_costs("cpu", KNOWN)
     for case in (*design.tree_cases("cpu", 3, 10**6), *design.streamed_cases("cpu", 3, 1 << 24)):
         work = case.work
         row_bytes = 2 * (case.shape.head_dim_v + 1) * 4
-        ns = design.predicted_ns(case, KNOWN, True) - KNOWN["launch_ns"]
+        ns = design.predicted_ns(case, KNOWN) - KNOWN["launch_ns"]
         ns -= work.partial_rows * row_bytes / KNOWN["partial_bytes_per_ns"]
         assert ns <= case.plan.work[0] * 1000 * (1 + 1e-9) or len(case.plan.span_ns) > 3
         total = sum(case.plan.span_ns) * case.shape.num_kv_heads
@@ -103,7 +112,7 @@ def test_the_command_writes_a_file_that_plans_follow(
 
     def modelled(cases: list[design.Case], *rest: object) -> list[float]:
         assert all(ns > 0 for ns in real(cases, *rest))  # type: ignore[arg-type]
-        return [design.predicted_ns(c, KNOWN, c.streamed) for c in cases]
+        return [design.predicted_ns(c, KNOWN) for c in cases]
 
     monkeypatch.setattr(measure, "_time", modelled)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -38,7 +38,7 @@ FORK_ATTN_INLINE VecF load(const float* p) {
 
 FORK_ATTN_INLINE void store(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
 
-// x + 0 would not be x for -0, and be computed.
+// Not 0 + x: that is not x for -0, so compilers add.
 FORK_ATTN_INLINE VecF broadcast(float x) { return x - VecF{}; }
 
 FORK_ATTN_INLINE VecF load_as_float(const float* p) { return load(p); }

@@ -214,7 +214,7 @@ class Tensors:
         return q, pages[0], pages[1], plan
 
 
-def predicted_ns(case: Case, table: dict[str, float], streamed: bool) -> float:
+def predicted_ns(case: Case, table: dict[str, float]) -> float:
     """The cost model's time of a call (csrc/core/costs.cpp), its memory term left out where nothing
     is streamed."""
     work, shape = case.work, case.shape
@@ -225,7 +225,7 @@ def predicted_ns(case: Case, table: dict[str, float], streamed: bool) -> float:
     for rows, slots in work.slots.items():
         compute = (rows + table["load_rows"]) * 2 * dims / table[rate_field(rows)]
         compute += rows * table["ns_per_exp"]
-        memory = dims * shape.itemsize / table["bytes_per_ns"] if streamed else 0.0
+        memory = dims * shape.itemsize / table["bytes_per_ns"] if case.streamed else 0.0
         ns += slots * (max(compute, memory) if case.overlaps else compute + memory)
     return ns
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -43,7 +44,7 @@ def bandwidth(
         )
     longer = ns[0] - ns[1]
     if table is not None and not cases[0].overlaps:
-        arithmetic = [predicted_ns(case, table, False) for case in cases]
+        arithmetic = [predicted_ns(replace(case, streamed=False), table) for case in cases]
         longer = max(longer - (arithmetic[0] - arithmetic[1]), longer * _LEAST_MEMORY)
     return (sizes[0] - sizes[1]) / longer
 
@@ -83,9 +84,7 @@ def fit(
 
 def errors(cases: Sequence[Case], ns: Sequence[float], table: dict[str, float]) -> list[float]:
     """Predicted over measured, less 1."""
-    return [
-        predicted_ns(case, table, case.streamed) / t - 1 for case, t in zip(cases, ns, strict=True)
-    ]
+    return [predicted_ns(case, table) / t - 1 for case, t in zip(cases, ns, strict=True)]
 
 
 def _fit_linear(

@@ -153,7 +153,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     rows = []
     for case, ns in zip(cases, times, strict=True):
-        predicted = design.predicted_ns(case, table, case.streamed)
+        predicted = design.predicted_ns(case, table)
         rows.append(
             {
                 "case": case.name,
