@@ -341,6 +341,18 @@ def test_spans_cost_what_the_table_says(target: str) -> None:
     assert plan.span_ns == pytest.approx(expected)
 
 
+def test_branches_that_share_nothing_share_no_block_on_a_cpu() -> None:
+    cache = fa.ForkedKVCache(
+        num_layers=1, num_pages=600, num_q_heads=32, num_kv_heads=8, head_dim=128, device="meta"
+    )
+    branches = [cache.new_branch() for _ in range(8)]
+    cache.step(dict.fromkeys(branches, 1024)).commit()
+    for itemsize in (1, 2, 4):
+        with cache.step(dict.fromkeys(branches, 1)):
+            plan = build_plan(cache._core, None, PlanShape(32, 8, 128, 128, itemsize), 16, "cpu", 2)
+        assert plan.num_row_blocks == 8 and plan.executed_flops == plan.flops
+
+
 def test_only_the_pages_of_a_window_are_named() -> None:
     cache = fa.ForkedKVCache(
         num_layers=2,
