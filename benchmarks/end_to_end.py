@@ -27,7 +27,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from fork_attn.bench import results
 from fork_attn.bench.machine import clocks, load_average, machine
-from fork_attn.bench.timing import Times
+from fork_attn.bench.timing import Times, count
 from fork_attn.demo.baseline import plain_copy
 
 SCHEMA = 1
@@ -307,9 +307,9 @@ def main() -> None:
     parser.add_argument("--model", choices=e2e_models.NAMES, default="smollm2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try this program")
-    parser.add_argument("--blocks", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help="of a block")
-    parser.add_argument("--most-threads", type=int, default=128)
+    parser.add_argument("--blocks", type=count, default=3)
+    parser.add_argument("--steps", type=count, default=4, help="of a block")
+    parser.add_argument("--most-threads", type=count, default=128)
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
 

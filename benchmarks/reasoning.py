@@ -28,7 +28,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from fork_attn import hf
 from fork_attn.bench import results
 from fork_attn.bench.machine import clocks, load_average, machine
-from fork_attn.bench.timing import Times
+from fork_attn.bench.timing import Times, count
 from fork_attn.demo.baseline import plain_copy
 from fork_attn.reason import Limits, Trace, generate
 
@@ -276,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try this program")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
 

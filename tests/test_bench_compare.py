@@ -129,6 +129,10 @@ def test_the_command(
         (["--ways", "magic"], "ways: expected of"),
         (["--heads", "3/2"], "heads: expected a multiple"),
         (["--device", "tpu"], "device: expected cpu or cuda"),
+        (["--seconds", "-1"], "seconds: expected seconds above 0, got -1.0"),
+        (["--seconds", "nan"], "seconds: expected seconds above 0, got nan"),
+        (["--budget", "0"], "budget: expected seconds above 0, got 0.0"),
+        (["--page-sizes", "16", "0"], "page_sizes: expected 1 to 65536, got 0"),
         (["--against", "/nowhere.json"], "nowhere.json"),
     ],
 )
@@ -137,6 +141,20 @@ def test_bad_arguments_are_named(
 ) -> None:
     assert main(["bench", *arguments]) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"machine": {}}', '{"machine": 1}', "{"])
+def test_other_files_are_no_results(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    assert main(["bench", "--against", str(path)]) == 2
+    assert f"against: expected results in {path}" in capsys.readouterr().err
+    if not text.startswith('{"'):
+        assert main(["bench", "--json", str(path), "--budget", "0.001", "--shapes", "S7a"]) == 2
+        assert f"json: expected results to go on with in {path}" in capsys.readouterr().err
+    assert path.read_text() == text
 
 
 def test_the_list_names_every_shape_and_way(capsys: pytest.CaptureFixture[str]) -> None:

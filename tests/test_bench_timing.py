@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import time
@@ -25,6 +26,13 @@ class FakeGraph:
 class FakeStream:
     def wait_stream(self, other: object) -> None:
         pass
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
+def test_counts_are_whole_and_above_0(text: str) -> None:
+    assert timing.count("12") == 12
+    with pytest.raises(argparse.ArgumentTypeError, match="a whole number above 0"):
+        timing.count(text)
 
 
 def test_a_graph_keeps_the_tensors_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import csv
 import inspect
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,15 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"ways: expected of {', '.join(WAYS)}, got {name!r}")
         heads = [Heads.parse(text) for text in args.heads] if args.heads else None
         todo = measure.cases(device, args.quick, args.shapes, heads, args.dtypes, args.page_sizes)
-        if args.budget is not None and not args.budget > 0:
-            raise ValueError(f"budget: expected seconds above 0, got {args.budget}")
-        then = json.loads(args.against.read_text()) if args.against else None
+        for name, seconds in (("seconds", args.seconds), ("budget", args.budget)):
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise ValueError(f"{name}: expected seconds above 0, got {seconds}")
+        then = _read(args.against, "against: expected results") if args.against else None
         if then is not None:
-            _require_same_kind(device, then)
-        before = _before(args.json) if args.budget is not None else None
-    except (ValueError, OSError, KeyError) as error:
+            _require_same_kind(device, then, args.against)
+        go_on = args.budget is not None and args.json is not None and args.json.exists()
+        before = _read(args.json, "json: expected results to go on with") if go_on else None
+    except ValueError as error:
         print(f"fork-attn bench: {error}", file=sys.stderr)
         return 2
     session = Session(
@@ -98,14 +101,18 @@ def run(args: argparse.Namespace) -> int:
     return 1 if found.regressed else failed
 
 
-def _before(path: Path | None) -> dict[str, Any] | None:
-    """What the file of --json has, or None where there is none yet."""
-    if path is None or not path.exists():
-        return None
+def _read(path: Path, expected: str) -> dict[str, Any]:
+    """The results in a file.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else, with what was expected.
+    """
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"json: expected results to go on with in {path}: {error}") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{expected} in {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{expected} in {path}, got other JSON")
     return found
 
 
@@ -117,10 +124,13 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _require_same_kind(device: torch.device, then: dict[str, Any]) -> None:
+def _require_same_kind(device: torch.device, then: dict[str, Any], path: Path) -> None:
     """Before minutes are spent, what `compare` would refuse in the end."""
     here = kind(machine(device))
-    there = kind(then["machine"])
+    try:
+        there = kind(then["machine"])
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"against: expected results in {path}, got other JSON") from None
     if here != there:
         raise ValueError(f"against: expected results of {here}, got those of {there}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fork_attn import checks
 from fork_attn.bench import (  # noqa: F401  the ways register themselves
     way_flash,
     way_flashinfer,
@@ -75,6 +76,8 @@ def cases(
     default = ("bf16",) if gpu else ("bf16", "fp32", "fp8")
     all_dtypes = list(dtypes) if dtypes is not None else list(default)
     sizes = list(page_sizes) if page_sizes is not None else list(PAGE_SIZES[:1])
+    for size in sizes:
+        checks.integer("page_sizes", size, low=1, high=2**16)
     return [
         Case(shape, Setting(h, DTYPES[d], size, device))
         for h in all_heads

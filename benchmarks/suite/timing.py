@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
 import time
@@ -22,6 +23,17 @@ FAR = 2.0
 
 Call = Callable[[], object]
 T = TypeVar("T")
+
+
+def count(text: str) -> int:
+    """An argument of a command line that counts rounds or the like.
+
+    Raises:
+        argparse.ArgumentTypeError: not a whole number above 0.
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
 
 
 class CallFailed(RuntimeError):

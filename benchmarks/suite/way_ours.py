@@ -22,6 +22,7 @@ class Forked(Way):
 
     backend: ClassVar[ops.Backend]
     tail: ClassVar[Literal["seal", "copy"]] = "seal"
+    open: fa.Step | None = None
     dtypes = tuple(DTYPES)
     ours = True
     shares = True
@@ -70,7 +71,6 @@ class Forked(Way):
         )
         first = begins[-1]
         self.new_kv = (inputs.k[first:], inputs.v[first:])
-        self.open: fa.Step | None = None
         self._begin()
 
     def _kv_dtype(self) -> torch.dtype:
